@@ -16,6 +16,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -175,6 +176,10 @@ class Preprocess:
     def leads(self) -> list[str]:
         """Names of the leads of a model of several leads, else []."""
         return [name.strip() for name in self.channel.split(",")] if "," in self.channel else []
+
+    def least(self, fs: float) -> float:
+        """Samples of the shortest usable run at `fs` Hz: 8 of them, which give 2 at the model's rate."""
+        return max(8, 2 * fs / (self.fs or fs))
 
     def signal(self, x, fs: float, where: str) -> np.ndarray:
         """Raw channel (L,) at `fs` Hz -> float32 (L',) at the model's rate. UserError naming `where` for NaN
@@ -485,8 +490,9 @@ def build_store(
         if not any(map(os.path.exists, expand([source]))):
             raise UserError(f"{source}: no such file or folder; check --data")
     listed = scan([*sources, *beside(sources)], ("",))
-    listed += scan([manifest], ("",), "--manifest") if manifest else []
-    key = fingerprint(that_matter(listed), [request, sorted(map(os.path.abspath, sources)), bool(manifest)])
+    tables = scan([manifest], ("",), "--manifest") if manifest else []  # whatever it is called
+    asked = [request, sorted(map(os.path.abspath, sources)), bool(manifest)]
+    key = fingerprint([*that_matter(listed), *tables], asked)
     with only_one(cache / key):  # several runs that start together: one makes it, the others wait
         if not (cache / key / "about.json").is_file():
             found = find_recordings(sources, manifest)
@@ -547,9 +553,10 @@ def fill(folder: Path, found: Found, listed: list, request: dict, prepare: Prepr
             while place < len(keys) and keys[place].startswith(plain):
                 about[keys[place]] = found.about[keys[place]]
                 place += 1
-        words = [request, files, sorted((name, vars(value)) for name, value in about.items())]
+        rates = {name: found.rates[name] for _, name in files if name in found.rates}
+        words = [request, files, rates, sorted((name, vars(value)) for name, value in about.items())]
         key = f"shard-{fingerprint(parts, words)}"
-        tasks.append((folder.parent / key, request, prepare, Found(files, about, found.manifest)))
+        tasks.append((folder.parent / key, request, prepare, Found(files, about, found.manifest, rates)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     shards = list(in_parallel(fill_shard, tasks, cores, "reading signals, in shards"))
     join(folder, shards, found, request, prepare)
@@ -696,8 +703,8 @@ class Filling:
 
     def add_all(self, found, path: Path, name: str, out):
         """Add the recordings of one file, or tar shard, that belong to the part that is asked for."""
-        about, part = found.about.get(name), self.request["part"]
-        how = ((about.fs if about else None) or self.request["fs"], self.request["annotator"])
+        part, rate = self.request["part"], found.rates.get(name, self.request["fs"])
+        how = (rate, self.request["annotator"])
         tar = path.suffix.lower() == ".tar"
         for record in tar_records(path, *how, self.usable) if tar else read_records(path, *how):
             record = found.describe(record, name)
@@ -729,7 +736,7 @@ class Filling:
         flat."""
         runs, ready, problem = channel.runs(), [], None
         self.slow += bool(5 * channel.fs < self.prepare.fs)
-        needed = max(8, self.request["min_seconds"] * channel.fs)
+        needed = max(self.prepare.least(channel.fs), self.request["min_seconds"] * channel.fs)
         for x, start in runs:
             if len(x) < needed:
                 self.lost["short runs"] += len(runs) > 1
@@ -745,7 +752,9 @@ class Filling:
         if not ready:
             longest = max((len(x) for x, _ in runs), default=0)
             asks = self.request["min_seconds"]
-            needs = f"--min-seconds {asks:g} asks for more" if asks else "at least 8 are needed"
+            needs = f"at least {math.ceil(needed)} are needed"
+            if asks * channel.fs == needed:
+                needs = f"--min-seconds {asks:g} asks for more"
             what = "too short" if longest else "without a single measured sample"
             raise UserError(
                 f"{record.source}: record {record.name} channel {name} is {what}: {longest} samples "

@@ -51,17 +51,18 @@ class About:
 
     subject: str | None = None
     part: str | None = None
-    fs: float | None = None
     labels: dict = field(default_factory=dict)
 
 
 @dataclass
 class Found:
-    """Files of recordings below a root: [(path, name)], and what tables say, {name: About}."""
+    """Files of recordings below a root: [(path, name)], what tables say, {name: About}, and rates in Hz that
+    a manifest states, {name of a file: rate}."""
 
     files: list
     about: dict
     manifest: bool = False
+    rates: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
 
     def describe(self, record: Recording, name: str) -> Recording | None:
@@ -71,7 +72,8 @@ class Found:
         """
         folder, inner = name.rpartition("/")[0], record.name.removeprefix(record.source.stem)
         record.name, plain = name + inner, name_of(name) + inner
-        about = self.about.get(plain) or self.about.get(name_of(name))
+        keys = (name + inner, plain, name, name_of(name))  # as a manifest, and as a table calls it
+        about = next((self.about[key] for key in keys if key in self.about), None)
         if about is None and self.manifest:
             return None
         about = about or About()
@@ -280,11 +282,11 @@ def read_manifest(found: Found, manifest: Path, root: Path):
     """Apply a manifest: a csv with the column path and any of subject, fold, fs, label and label_<name>.
 
     path: relative to the manifest's folder or to the data root, with or without suffix; `file:inner` names a
-    recording inside a file. fold: train, val or test, or numbers, of which the last tests and the last but
-    one validates; empty: no part. label: names with ; between them (or | or 、); label_<name>: 1 where it
-    applies. What the manifest does not list is left out.
+    recording inside a file, whose fs is the file's. fold: train, val or test, or numbers, of which the last
+    tests and the last but one validates; empty: no part. label: names with ; between them (or | or 、);
+    label_<name>: 1 where it applies. What the manifest does not list is left out.
     """
-    rows, about = rows_in(manifest, ["path"]), {}
+    rows, about, listed = rows_in(manifest, ["path"]), {}, set()
     if not rows:
         raise UserError(f"{manifest}: lists no recording; add a line for each")
     folds = parts_of(manifest, [(f"line {number}", row.get("fold", "")) for number, row in rows])
@@ -302,22 +304,34 @@ def read_manifest(found: Found, manifest: Path, root: Path):
         name = name or next((n for n in (path, plain, name_of(written[2])) if n in names), None)
         if name is None:
             raise UserError(f"{manifest}: line {number}: {path} is no signal file below --data")
-        key = f"{name}:{inner}" if inner else name
+        tail = f":{inner}" if inner else ""
+        key, plain = name + tail, name_of(name) + tail
         if key in about:
             raise UserError(f"{manifest}: line {number}: {path} is listed twice")
-        rate = row.get("fs", "").strip() or None
-        rate = rate and check_rate(rate, f"{manifest}: line {number}")
+        if rate := row.get("fs", "").strip():
+            rate = check_rate(rate, f"{manifest}: line {number}")
+            if found.rates.setdefault(name, rate) != rate:
+                raise UserError(
+                    f"{manifest}: line {number}: field fs is {rate:g} Hz, another line of this file says "
+                    f"{found.rates[name]:g}; leave fs empty where the file states its rates"
+                )
         labels = [v.strip() for v in re.split("[;|；｜、]", row.get("label", "")) if v.strip()]
         named = [c for c in row if c.startswith("label_")]
         labels += [c[6:] for c in named if applies(manifest, number, row, c)]
         stated = bool(named) or "label" in row
         subject = row.get("subject", "").strip() or None
-        about[key] = About(subject, part if "fold" in row else None, rate, {"": labels} if stated else {})
-    left_out = names - {key for key in about} - {key.rpartition(":")[0] for key in about}
+        said = About(subject, part if "fold" in row else None, {"": labels} if stated else {})
+        about[key] = merged(found.about.get(key) or found.about.get(plain), said)
+        listed.add(name)
+    # What a table says of a recording inside a file that is listed as a whole
+    for key, old in found.about.items():
+        if key not in about and (file := key.rpartition(":")[0]) in about:
+            about[key] = merged(old, about[file])
+    left_out = names - listed
     if left_out:
         found.notes.append(f"{manifest}: {len(left_out)} files that it does not list are left out")
     found.files = [(path, name) for path, name in found.files if name not in left_out]
-    found.about = found.about | {key: merged(found.about.get(key), value) for key, value in about.items()}
+    found.about = about
 
 
 def merged(old: About | None, new: About) -> About:
@@ -325,7 +339,7 @@ def merged(old: About | None, new: About) -> About:
     if old is None:
         return new
     part = old.part if new.part is None else new.part
-    return About(new.subject or old.subject, part, new.fs or old.fs, old.labels | new.labels)
+    return About(new.subject or old.subject, part, old.labels | new.labels)
 
 
 def parts_of(source, folds: list[tuple[str, str]], field: str = "fold") -> list[str]:

@@ -888,6 +888,68 @@ def test_a_manifest_that_is_wrong_says_where(text, wanted, tmp_path):
         store_of(tmp_path, manifest=write(tmp_path / "list.csv", text))
 
 
+def exams(folder):
+    """A file of three recordings in CODE-15's form, and what its table says."""
+    with h5py.File(folder / "exams_part0.hdf5", "w") as file:
+        file["tracings"] = np.stack([ecg(400, 5)[:, None].repeat(12, 1) + 0.1 * i for i in range(3)])
+        file["exam_id"] = np.array([11, 12, 13])
+    head = "exam_id,patient_id,trace_file,1dAVb,RBBB,LBBB,SB,ST,AF"
+    rows = "".join(f"\n{i},{i},exams_part0.hdf5,0,0,0,0,0,1" for i in (11, 12, 13))
+    write(folder / "exams.csv", head + rows + "\n")
+
+
+def test_a_manifest_leaves_out_recordings_that_a_table_knows(tmp_path):
+    (tmp_path / "data").mkdir()
+    exams(tmp_path / "data")
+    text = "path,fold,subject\nexams_part0:11,train,p\nexams_part0:13,test,q\n"
+    store = store_of(tmp_path, manifest=write(tmp_path / "data" / "list.csv", text))
+    assert [n.rpartition(b":")[2] for n in dict.fromkeys(store.records["name"].tolist())] == [b"11", b"13"]
+    assert set(store.records["subject"].tolist()) == {b"p", b"q"}
+
+
+def test_a_manifest_that_lists_a_file_speaks_of_all_its_recordings(tmp_path):
+    (tmp_path / "data").mkdir()
+    exams(tmp_path / "data")
+    npz(tmp_path / "data" / "a.npz", sig=ecg(FS, 10), fs=FS)
+    text = "path,fold\nexams_part0.hdf5,test\na,train\n"
+    store = store_of(tmp_path, manifest=write(tmp_path / "list.csv", text))
+    assert store.records["part"].tolist() == [b"train", b"test", b"test", b"test"]
+    assert store.records["subject"].tolist()[1:] == [b"code-15/11", b"code-15/12", b"code-15/13"]
+
+
+def test_a_manifest_names_one_of_two_files_that_differ_in_the_suffix(tmp_path):
+    npz(tmp_path / "data" / "a.npz", sig=ecg(FS, 10), fs=FS)
+    write(tmp_path / "data" / "a.csv", "\n".join(["time_s,ecg", *(f"{i / FS},{i % 7}" for i in range(900))]))
+    store = store_of(tmp_path, manifest=write(tmp_path / "list.csv", "path,subject\na.npz,p\n"))
+    assert store.records["subject"].tolist() == [b"p"] and store.records["name"].tolist() == [b"a.npz"]
+
+
+def test_a_manifest_of_any_name_is_read_again_when_it_has_changed(tmp_path):
+    npz(tmp_path / "data" / "a.npz", sig=ecg(FS, 10), fs=FS)
+    for label in ("AF", "sinus"):
+        store = store_of(tmp_path, manifest=write(tmp_path / "list.txt", f"path,label\na,{label}\n"))
+        assert store.labels["label"].tolist() == [label.encode()]
+
+
+def test_a_manifest_states_the_rate_of_recordings_inside_a_file(tmp_path):
+    (tmp_path / "data").mkdir()
+    with h5py.File(tmp_path / "data" / "f.h5", "w") as file:
+        file["a/ecg"], file["b/ecg"] = ecg(250, 10), ecg(250, 10, 0.3)
+    manifest = write(tmp_path / "list.csv", "path,fs\nf:a,250\nf:b,250\n")
+    store = store_of(tmp_path, manifest=manifest, fs=FS)
+    assert store.records["fs"].tolist() == [250, 250] and store.records["length"].tolist() == [1000, 1000]
+    write(manifest, "path,fs\nf:a,250\nf:b,125\n")
+    with pytest.raises(UserError, match="line 3: field fs is 125 Hz, another line of this file says 250"):
+        store_of(tmp_path, manifest=manifest)
+
+
+def test_a_run_that_gives_one_sample_at_the_models_rate_is_too_short(tmp_path):
+    x = np.sin(np.arange(10000) / 50)
+    x[9] = np.nan
+    npz(tmp_path / "data" / "a.npz", sig=x, fs=1000)
+    assert store_of(tmp_path).records["length"].min() > 1
+
+
 PTB_XL = """ecg_id,patient_id,report,scp_codes,strat_fold,filename_lr,filename_hr
 1,15709.0,"sinus, normal","{'NORM': 100.0, 'SR': 0.0}",3,records100/00000/00001_lr,records500/00000/00001_hr
 2,15709.0,x,"{'IMI': 35.0, 'ABQRS': 0.0}",3,records100/00000/00002_lr,records500/00000/00002_hr
