@@ -8,6 +8,7 @@ that names anything else, which could run code, is refused. Every other script r
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, whatever folder we start in
@@ -48,13 +49,16 @@ def main(args):
     paths = sorted(p for p in Path(args.input).rglob("*") if p.suffix in (".pkl", ".pickle"))
     if not paths:
         raise UserError(f"{args.input}: holds no .pkl or .pickle file")
-    for path in progress(paths, desc="converting", unit="file"):
+    targets = [Path(args.output) / p.relative_to(args.input).with_suffix(".npz") for p in paths]
+    if double := next((target for target, count in Counter(targets).items() if count > 1), None):
+        raise UserError(f"{args.input}: two files would become {double}; rename one of them")
+    for path, target in zip(progress(paths, desc="converting", unit="file"), targets):
         content = read_plain_pickle(path, "pickle", arrays=True)
         if not isinstance(content, dict) or "data" not in content:
             raise UserError(f"{path}: expected a dictionary with the key data")
         fields = {
             "sig": np.atleast_1d(np.asarray(content["data"], np.float32)),
-            "fs": content.get("sampling_rate", args.fs),
+            "fs": args.fs if content.get("sampling_rate") is None else content["sampling_rate"],
         }
         if fields["fs"] is None:
             raise UserError(f"{path}: has no sampling_rate; pass --fs")
@@ -67,7 +71,6 @@ def main(args):
                 raise UserError(
                     f"{path}: label has no class at place {args.task_index}; choose another --task-index"
                 ) from None
-        target = Path(args.output) / path.relative_to(args.input).with_suffix(".npz")
         with atomic_path(target) as temporary:
             np.savez_compressed(temporary, **fields)
     print(f"{len(paths)} files converted to {args.output}")

@@ -551,6 +551,12 @@ def test_upstreams_pickles_are_converted_only_when_allowed(tmp_path, prepare):
     assert store.records["subject"][0] == b"u1" and load_task(store, "series", 500).classes == ["3"]
     with pytest.raises(UserError, match="unknown format"):
         read_records(tmp_path / "in" / "p.pkl")
+    (tmp_path / "in" / "p.pkl").write_bytes(pickle.dumps({"data": wave(), "sampling_rate": None}))
+    run(convert_pickles, *options, "--allow-pickle", "--fs", "100")
+    assert read_records(tmp_path / "out" / "p.npz")[0].fs == 100
+    (tmp_path / "in" / "p.pickle").write_bytes(pickle.dumps({"data": wave(), "sampling_rate": FS}))
+    with pytest.raises(UserError, match="two files would become"):
+        run(convert_pickles, *options, "--allow-pickle")
 
 
 class Hostile:
