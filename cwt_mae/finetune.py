@@ -405,10 +405,9 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * logits))
 
 
-def by_record(probabilities: np.ndarray, dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def by_record(probabilities: np.ndarray, store, task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(mean probabilities, targets, a row of the store) of each recording, from those of its windows."""
-    task, recordings = dataset.task, dataset.store.recordings(dataset.task.items)
-    _, first, place = np.unique(recordings, return_index=True, return_inverse=True)
+    _, first, place = np.unique(store.recordings(task.items), return_index=True, return_inverse=True)
     sums = np.zeros((len(first), probabilities.shape[1]))
     np.add.at(sums, place, probabilities)
     return sums / np.bincount(place)[:, None], task.targets[first], task.items["record"][first]
@@ -423,7 +422,7 @@ def validate(model, dataset, scale, shift: np.ndarray, device, watch=iter) -> tu
 
     # Several labels belong to a record, so its windows are averaged; F max where no AUROC is defined.
     if dataset.task.targets is not None:
-        found = label_scores(*by_record(sigmoid(logits), dataset)[:2], classes)
+        found = label_scores(*by_record(sigmoid(logits), dataset.store, dataset.task)[:2], classes)
         return 0.0, found, found["macro_auroc"] if np.isfinite(found["macro_auroc"]) else found["f_max"]
 
     # Where the classes are drawn as they are, there is nothing to correct.

@@ -242,9 +242,7 @@ def record_rows(store, task, probabilities, labelled: bool) -> list[dict]:
 def score_labels(args, out, store, task, probabilities):
     """Scores of several labels for a record: the mean over its windows counts; the intervals draw
     subjects."""
-    # `by_record` asks the data set for its task and store alone, so its window length does not matter.
-    dataset = DownstreamClassificationDataset(store, task, 1)
-    mean, targets, rows = by_record(probabilities, dataset)
+    mean, targets, rows = by_record(probabilities, store, task)
     result = label_scores(mean, targets, task.classes, store.records["subject"][rows], args.resamples)
     about = {"task": task.kind, "part": args.part, "models": [str(path) for path in args.model]}
     atomic_json(out / "metrics.json", about | result)

@@ -138,7 +138,7 @@ def forest(data, level: str, seed: int, draws: int) -> dict:
         trees.fit(x, train.targets[:, c])
         if len(trees.classes_) == 2:
             found[:, c] = trees.predict_proba(test_x)[:, 1]
-    mean, targets, rows = by_record(found, DownstreamClassificationDataset(store, test, length))
+    mean, targets, rows = by_record(found, store, test)
     return label_scores(mean, targets, task.classes, store.records["subject"][rows], draws)
 
 
