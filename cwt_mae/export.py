@@ -49,32 +49,28 @@ class Encoder(torch.nn.Module):
         return self.model.patch_tokens(x)[0]
 
 
-class Classifier(torch.nn.Module):
-    """A classifier of windows: x -> logits."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return self.model(x)
-
-
 def export(model, kind: str, path: Path, batch: int) -> float:
-    """Write `model` and read it back; returns the largest difference in parts of the largest output."""
+    """Write `model` and read it back; returns the largest difference in parts of the largest output.
+    UserError, and nothing is written, where it is too large."""
     encoder = getattr(model, "encoder_model", model)
-    wrapped = (Classifier if isinstance(model, TF_MAE_Classifier) else Encoder)(model).eval()
+    wrapped = (model if isinstance(model, TF_MAE_Classifier) else Encoder(model)).eval()
     shape = (batch, encoder.signal_len) if encoder.leads == 1 else (batch, encoder.leads, encoder.signal_len)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).cumsum(-1) / 10
     with torch.no_grad():
         wanted = wrapped(x)
         with atomic_path(path) as temporary, plain_operations():
             if kind == "torch":
-                torch.export.save(torch.export.export(wrapped, (x,)), temporary)
+                about = {"config": json.dumps(encoder.config)}
+                torch.export.save(torch.export.export(wrapped, (x,)), temporary, extra_files=about)
                 found = torch.export.load(temporary).module()(x)
             else:
                 found = to_onnx(wrapped, x, temporary, path, encoder.config)
-    return float((found - wanted).abs().max() / wanted.abs().max())
+            difference = float((found - wanted).abs().max() / wanted.abs().max())
+            if not difference <= LARGEST:
+                raise UserError(
+                    f"{path}: differs from the model by {difference:.1e} of its peak; not written"
+                )
+    return difference
 
 
 def to_onnx(wrapped, x, temporary: Path, path: Path, config: dict):
@@ -104,12 +100,10 @@ def main(args):
             "that was fine-tuned with --no-features and without --compare"
         )
     difference = export(model, args.export, args.out, args.batch_size)
-    if not difference <= LARGEST:
-        args.out.unlink()
-        raise UserError(f"{args.out}: differs from the model by {difference:.1e} of its peak; not written")
-    config = getattr(model, "encoder_model", model).config
+    encoder = getattr(model, "encoder_model", model)
+    config, leads = encoder.config, f"{encoder.leads} leads x " if encoder.leads > 1 else ""
     print(
-        f"{args.out}: x {args.batch_size} x {config['signal_len']} samples, prepared as "
+        f"{args.out}: x {args.batch_size} x {leads}{config['signal_len']} samples, prepared as "
         f"{json.dumps(config['preprocess'])}; read back, differs by {difference:.1e} of the largest output"
     )
 

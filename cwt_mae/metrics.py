@@ -139,16 +139,20 @@ def label_scores(probabilities, targets, classes: list, groups=None, resamples: 
     return result | {"per_class": per_class}
 
 
+def plain(value: float | None) -> float:
+    """A score; nan stands in JSON as null."""
+    return float("nan") if value is None else value
+
+
 def describe_label_scores(result: dict) -> str:
     """A few lines for the screen."""
     interval = " [{:.3f}, {:.3f}]".format(*result["macro_auroc_95"]) if "macro_auroc_95" in result else ""
     lines = [
-        f"{result['records']} records | macro-AUROC {result['macro_auroc']:.3f}{interval} | F_max "
+        f"{result['records']} records | macro-AUROC {plain(result['macro_auroc']):.3f}{interval} | F_max "
         f"{result['f_max']:.3f}"
     ]
     for name, row in result["per_class"].items():
-        area = "   nan" if row["auroc"] is None else f"{row['auroc']:6.3f}"
-        lines.append(f"  {name:12} {row['records']:8d} records  AUROC {area}")
+        lines.append(f"  {name:12} {row['records']:8d} records  AUROC {plain(row['auroc']):6.3f}")
     return "\n".join(lines)
 
 
@@ -169,8 +173,7 @@ def describe_scores(result: dict) -> str:
     interval = " [{:.3f}, {:.3f}]".format(*result["macro_f1_95"]) if "macro_f1_95" in result else ""
     lines = [
         f"{result['windows']} windows | accuracy {result['accuracy']:.3f} | macro-F1 "
-        f"{result['macro_f1']:.3f}{interval} | AUROC "
-        f"{result['auroc'] if result['auroc'] is not None else float('nan'):.3f}",
+        f"{result['macro_f1']:.3f}{interval} | AUROC {plain(result['auroc']):.3f}",
         f"  {'class':12} {'windows':>8} {'precision':>9} {'recall':>7} {'F1':>6}",
     ]
     for name, row in result["per_class"].items():

@@ -40,7 +40,9 @@ LATER_STAGES = {
     "time_attn.qkv": "upstream's CWT_MAE_v3 (attention over time, leads and depth, no class token)",
     "patch_embed.proj.6": "upstream's CWT_MAE_v1 with convolutions before the patches (use_conv_stem)",
 }
-NO_RUN = "signal: holds no 8 samples in a row without NaN that are no flat line; check it"
+NO_RUN = (
+    "signal: holds no 8 samples in a row (2 at the model's rate) without NaN that are no flat line; check it"
+)
 DECODER_KEYS = ("decoder_", "mask_token", "time_reducer", "time_pred", "rope_decoder")
 
 
@@ -294,10 +296,10 @@ class TF_MAE_Classifier(nn.Module):
             yield seconds, tokens, patches
 
 
-def runs_of(signal: np.ndarray, fs: float) -> list:
-    """[(samples, second of the first)] of the runs of signal (L,) that hold 8 samples without nan and are no
+def runs_of(prepare: Preprocess, signal: np.ndarray, fs: float) -> list:
+    """[(samples, second of the first)] of the runs of signal (L,) without nan that are long enough and no
     flat line."""
-    runs = [(run, begin) for run, begin in as_channel(signal, fs).runs() if len(run) >= 8]
+    runs = [(run, begin) for run, begin in as_channel(signal, fs).runs() if len(run) >= prepare.least(fs)]
     return [(run, begin) for run, begin in runs if not is_flat(run)]
 
 
@@ -306,7 +308,7 @@ def run_windows(prepare: Preprocess, signal, fs: float, length: int, patch: int)
     signal = signal[0] if signal.ndim == 2 and len(signal) == 1 else signal
     if signal.ndim != 1:
         raise UserError(f"signal has shape {signal.shape}, expected (L,)")
-    runs = runs_of(signal, fs)
+    runs = runs_of(prepare, signal, fs)
     if not runs:
         raise UserError(NO_RUN)
     for run, begin in runs:
@@ -330,17 +332,29 @@ def lead_windows(prepare: Preprocess, signals, fs: float, length: int, patch: in
         )
     runs = []
     for lead, row in enumerate(signals):
-        for run, begin in runs_of(row, fs):
+        for run, begin in runs_of(prepare, row, fs):
             runs.append((lead, round(begin * rate), prepare.signal(run, fs, "signal")))
     if not runs:
         raise UserError(NO_RUN)
     total = max(place + len(run) for _, place, run in runs)
+    some = False
     for start in range(0, max(1, total - patch + 1), length):
-        x, real = np.zeros((len(leads), length), np.float32), np.zeros((len(leads), length), bool)
-        for lead, place, run in runs:
-            lay(run, place - start, x[lead], real[lead])
-        if real.any():
+        x, real = lead_window(runs, start, len(leads), length)
+        if (real.sum(1) > 1).any():  # one sample has no deviation
             yield start / rate, standardised_leads(x, real), real
+            some = True
+    if not some:  # a rest shorter than one patch, which is all there is
+        start = min(place for _, place, _ in runs)
+        x, real = lead_window(runs, start, len(leads), length)
+        yield start / rate, standardised_leads(x, real), real
+
+
+def lead_window(runs: list, start: int, leads: int, length: int):
+    """(x (leads, length), real) of the window at sample `start` of runs [(lead, place, samples)]."""
+    x, real = np.zeros((leads, length), np.float32), np.zeros((leads, length), bool)
+    for lead, place, run in runs:
+        lay(run, place - start, x[lead], real[lead])
+    return x, real
 
 
 def masked_mean(tokens, mask=None):

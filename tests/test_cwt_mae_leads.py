@@ -8,11 +8,12 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from common.checkpoint import atomic_json
 from common.errors import UserError
 from cwt_mae import finetune, test, train
 from cwt_mae.dataset import PhysioSignalDataset, Preprocess, build_store
 from cwt_mae.dataset_finetune import detected_beats, load_task
-from cwt_mae.metrics import best_f1, label_scores
+from cwt_mae.metrics import best_f1, describe_label_scores, label_scores
 from cwt_mae.model import CWT_MAE_RoPE
 from cwt_mae.model_finetune import TF_MAE_Classifier, save_model
 from cwt_mae.validation import trivial_losses
@@ -237,6 +238,39 @@ def test_labels_of_an_unknown_level_are_named(tmp_path):
     assert load_task(store, "labels", 500).targets.shape == (16, 2)
 
 
+def test_a_window_in_which_one_sample_was_measured_is_left_out():
+    model = TF_MAE_Classifier(
+        None, 3, leads=LEADS, preprocess=dict(fs=FS, low_hz=0.0, channel=",".join(LEADS)), **SIZES
+    )
+    signal = leads()[0].repeat(1, 5).numpy()
+    length = model.encoder_model.signal_len
+    signal[:, length + 1 : 2 * length] = np.nan
+    seconds = [s for found, *_ in model.encode_windows(signal, FS) for s in found]
+    assert 0 in seconds and length / FS not in seconds
+    x = np.full((3, 4000), np.nan)
+    x[:, 2000:2008] = np.arange(8)  # one sample at the model's rate
+    with pytest.raises(UserError, match="holds no 8 samples"):
+        model.encode(x, 10 * FS)
+    x[:, 2000:2030] = np.arange(30)
+    assert torch.isfinite(model.encode(x, 10 * FS)[1]).all()
+
+
+def test_scores_that_are_not_defined_can_be_told(tmp_path):
+    found = label_scores(np.full((4, 2), 0.5), np.ones((4, 2), bool), ["a", "b"])
+    atomic_json(tmp_path / "metrics.json", found)
+    assert "macro-AUROC nan" in describe_label_scores(json.loads((tmp_path / "metrics.json").read_text()))
+
+
+def test_no_beats_are_looked_for_in_a_moment(tmp_path):
+    pytest.importorskip("wfdb")
+    x = np.sin(2 * np.pi * 1.2 * np.arange(20 * FS) / FS) ** 31
+    x[10] = np.nan
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "a.npz", sig=x, fs=FS)
+    store = build_store([tmp_path / "data"], Preprocess(FS, 0.0), tmp_path / "cache")
+    assert len(store.records) == 2 and set(detected_beats(store, list("NSVF"), 100).items["record"]) == {1}
+
+
 # ---- export
 
 
@@ -264,7 +298,9 @@ def test_an_exported_model_gives_the_same_numbers(kind, what, tmp_path):
         found = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
         assert "signal_len" in session.get_modelmeta().custom_metadata_map["config"]
     else:
-        found = torch.export.load(out).module()(x)
+        files = {"config": ""}
+        found = torch.export.load(out, extra_files=files).module()(x)
+        assert "signal_len" in str(files["config"])
     with torch.no_grad():
         wanted = model.eval().patch_tokens(x)[0] if what == "encoder" else model.eval()(x)
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
