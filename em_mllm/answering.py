@@ -16,10 +16,8 @@ def ask(model, tokenizer, batch, records, max_new_tokens: int, wordings=None) ->
     wordings: of complete answers, as the model was trained ({"zh": template, "en": template}).
     """
     inputs = {k: batch[k] for k in INPUTS}
-    stop = [tokenizer.eos_token_id] + [
-        i for t in ("<|im_end|>",) if (i := tokenizer.get_vocab().get(t)) is not None
-    ]
-    how = dict(do_sample=False, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
+    stop = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")} - {None}
+    how = dict(do_sample=False, eos_token_id=sorted(stop), pad_token_id=tokenizer.pad_token_id)
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **how)
     texts = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     options = [parse_options(r) for r in records]

@@ -94,7 +94,8 @@ class MultiModalModel(nn.Module):
         super().__init__()
         self.llm, self.signal_encoder = llm, signal_encoder
         self.projector, self.signal_tokens, self.legacy = projector, signal_tokens, legacy
-        self.llm_changed, self.llm_fingerprint = False, None  # see `save_model`
+        # whether an earlier run trained the language model, and what it was before; `load_model` knows
+        self.llm_changed, self.llm_fingerprint = False, None
         self.text_scale, self.signal_scale = embedding_scales(llm)
 
         table = llm.get_input_embeddings().weight.detach().float()
@@ -111,7 +112,7 @@ class MultiModalModel(nn.Module):
         if max(iq_start_id, iq_end_id) < len(table):
             rows = table[[iq_start_id, iq_end_id]]
         else:
-            rows = table.mean(0) + table.std() * torch.randn(2, table.shape[1])
+            rows = table.mean(0) + table.std() * torch.randn(2, table.shape[1]).to(table.device)
         self.iq_tokens = nn.Parameter(rows)
 
     def signal_features(self, iq, iq_lengths=None, fs=None):
@@ -177,8 +178,9 @@ class MultiModalModel(nn.Module):
         ids = torch.cat([block.repeat(len(input_ids), signal_index.shape[1]), input_ids], 1)
         shown, which = (signal_index >= 0)[..., None], signal_index.clamp(min=0)
         kept = F.pad(valid[which], (1, 1), value=True) & shown  # (B, n, K + 2)
-        # legacy keeps padding tokens and their labels, as the starter kit's collator
-        text_kept = torch.ones_like(attention_mask) if self.legacy else attention_mask
+        # legacy learns with padding tokens and their labels in place, as the starter kit's collator lays them
+        padded = self.legacy and not left
+        text_kept = torch.ones_like(attention_mask) if padded else attention_mask
         kept = torch.cat([kept.flatten(1), text_kept.bool()], 1)
 
         # what is kept moves together, in its order; padding goes to the other side
@@ -197,7 +199,7 @@ class MultiModalModel(nn.Module):
             whole_labels = F.pad(labels, (kept.shape[1] - labels.shape[1], 0), value=-100)
             labels = whole_labels.gather(1, order).masked_fill(mask == 0, -100)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        if self.legacy:
+        if padded:
             mask = torch.cat([mask[:, : -input_ids.shape[1]], attention_mask], 1)
         return embeds, mask, labels, positions
 
@@ -426,18 +428,17 @@ def fingerprint(llm) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_model(folder, model: MultiModalModel, tokenizer, llm_path, llm_changed=False, **notes):
+def save_model(folder, model: MultiModalModel, tokenizer, llm_path, **notes):
     """Write everything that load_model needs, whole or not at all.
 
     llm/ (weights if they were trained in this run or an earlier one, PEFT adapter under LoRA, nothing if
     frozen: then `llm_path` is remembered), llm_base/ (the language model under an adapter, where an earlier
     run trained it), tokenizer/, signal_encoder/ and signal_to_hidden.safetensors, and multimodal.json with
-    the wiring and `notes`. llm_changed: the LLM differs from llm_path's by an earlier run, which `load_model`
-    also remembers in the model.
+    the wiring and `notes`.
     """
     is_peft = isinstance(model.llm, PeftModel)
     trained = not is_peft and any(p.requires_grad for p in model.llm.parameters())
-    own_base = trained or llm_changed or model.llm_changed
+    own_base = trained or model.llm_changed
     kind = "adapter" if is_peft else "full" if own_base else "frozen"
     with atomic_dir(folder) as out:
         if is_peft:

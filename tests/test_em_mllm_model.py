@@ -284,6 +284,20 @@ def test_starter_kit_checkpoint_loads_and_computes_as_legacy(parts, tmp_path):
     assert not torch.allclose(build(parts)[0](**changed)["logits"], build(parts)[0](**b)["logits"])
 
 
+def test_a_legacy_model_answers_a_question_alike_in_every_batch(parts):
+    """Its training keeps the padding behind the text; an answer begins right behind its own question."""
+    model, tokenizer = build(parts, legacy=True)
+    b = batch(tokenizer)
+    asked = {name: b[name] for name in ("iq", "input_ids", "attention_mask")}
+    alone = {name: asked[name][1:] for name in asked}
+    alone |= {name: alone[name][:, :7] for name in ("input_ids", "attention_mask")}
+    options = [[[20, 21], [30, 31, 32]]]
+    together = model.option_scores(**asked, options=options * 2)[1]
+    torch.testing.assert_close(together, model.option_scores(**alone, options=options)[0])
+    how = dict(max_new_tokens=3, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    assert torch.equal(model.generate(**asked, **how)[1], model.generate(**alone, **how)[0])
+
+
 def test_pretrained_weights_reach_the_encoder(parts, capsys):
     saved = SiTMAEForPreTraining.from_pretrained(parts / "encoder")
     model, _ = build(parts)

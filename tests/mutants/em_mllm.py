@@ -94,8 +94,8 @@ MUTANTS = [
     ),
     Mutant(
         "em_mllm/test.py",
-        "others = rows[elsewhere & (data.task_of == data.task_of[row]) & (label != label[row])]",
-        "others = rows[elsewhere & (data.task_of == data.task_of[row])]",
+        "wrong = elsewhere & (label != label[row])",
+        "wrong = elsewhere",
         SPLITS,
         "the wrong-signal control may show the right class",
     ),
@@ -328,8 +328,8 @@ MUTANTS = [
     ),
     Mutant(
         "em_mllm/model.py",
-        "    own_base = trained or llm_changed or model.llm_changed",
-        "    own_base = trained or llm_changed",
+        "    own_base = trained or model.llm_changed",
+        "    own_base = trained",
         CONTRACT,
         "the language model that an earlier run trained is lost under adapters",
     ),
