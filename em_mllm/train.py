@@ -485,17 +485,24 @@ def make_loaders(args, model, tokenizer, train_set, val_set):
 
 
 @torch.no_grad()
-def align_projector(model, tokenizer, source: QuestionDataset, most=2048, ridge=1.0):
+def align_projector(model, tokenizer, train_set: QuestionDataset | Subset, most=2048, ridge=1.0):
     """Fit the linear projector by least squares: features of a signal -> mean embedding of the words that its
-    answer names, of up to `most` questions. The language model then begins with words that it knows.
+    answer names, of up to `most` training questions. The language model then begins with words that it knows.
     """
+    source, items = train_set, range(len(train_set))
+    if isinstance(train_set, Subset):  # without the questions held out for validation
+        source, items = train_set.dataset, train_set.indices
+    learned = {int(row) for i in items for row in source.rows[source.ends[i] : source.ends[i + 1]]}
+
     # questions about one signal whose answer is the name of an option; seed 0 on all processes, which all
     # solve the same system and must begin with equal weights
     rows, names = [], []
     for row in torch.randperm(len(source.records), generator=torch.Generator().manual_seed(0)).tolist():
+        if row not in learned:
+            continue
         record = source.records[row]
-        options, answer = parse_options(record), record.get("answer", "")
-        name = options.get(extract_letter(answer, options)) if options else None
+        options = parse_options(record)
+        name = options.get(extract_letter(record["answer"], options)) if options else None
         if name and isinstance(record["iq_index_in_h5"], int):
             rows.append(row)
             names.append(name)
@@ -505,12 +512,11 @@ def align_projector(model, tokenizer, source: QuestionDataset, most=2048, ridge=
         raise UserError("--align-projector has no effect: no question has options and an answer among them")
 
     # where each name lies: the mean of its tokens, as long as a typical row, because a mean is shorter
-    table = model.llm.get_input_embeddings()
-    words = {}
+    table, words = model.llm.get_input_embeddings().weight.float().cpu(), {}
     for name in set(names):
         ids = tokenizer(name, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-        mean = table(ids).float().mean(0)
-        words[name] = mean * table.weight.float().norm(dim=1).mean() / mean.norm() * model.text_scale
+        mean = table[ids].mean(0)
+        words[name] = mean * table.norm(dim=1).mean() / mean.norm() * model.text_scale
 
     # every valid patch is to give the name of its signal: x (R, D), y (R, d_llm), without the factor that
     # `embed` puts on signal vectors
@@ -532,7 +538,7 @@ def align_projector(model, tokenizer, source: QuestionDataset, most=2048, ridge=
 
     model.signal_to_hidden.weight.copy_(weight)
     model.signal_to_hidden.bias.copy_(level - weight @ centre)
-    print(f"projector aligned with the names of {len(rows)} signals")
+    print(f"projector aligned with the answers to {len(rows)} training questions")
 
 
 def answer_tokens(batch):
@@ -635,7 +641,7 @@ def main(args):
     source, train_set, val_set = make_data(args, load_tokenizer(where, args.trust_remote_code))
     model, tokenizer = make_model(args, source.files, source.signal)
     if args.align_projector:
-        align_projector(model, tokenizer, source)
+        align_projector(model, tokenizer, train_set)
 
     # loaders and optimizer
     loader, val_loader = make_loaders(args, model, tokenizer, train_set, val_set)
