@@ -10,8 +10,9 @@ show_help "$ROOT/em_mllm/test.py" "$@"
 MODEL=${MODEL:-$RUNS/em_mllm/base/model}
 OUT=${OUT:-$(dirname "$MODEL")/test}
 case " $* " in
-  *" --iq "* | *" --validate "*) ;;
-  *" --task-files "*) set -- --out "$OUT" "$@" ;;
-  *) set -- --task-dir "${TASK_DIR:-${DATA:-$ROOT/data/em_mllm/first/data/test}}" --out "$OUT" "$@" ;;
+  *" --validate "*) ;;   # questions and answer file alone
+  *" --iq "*) set -- --model "$MODEL" "$@" ;;
+  *" --task-files "*) set -- --model "$MODEL" --out "$OUT" "$@" ;;
+  *) set -- --model "$MODEL" --task-dir "${TASK_DIR:-${DATA:-$ROOT/data/em_mllm/first/data/test}}" --out "$OUT" "$@" ;;
 esac
-launch "$ROOT/em_mllm/test.py" --model "$MODEL" "$@"
+launch "$ROOT/em_mllm/test.py" "$@"

@@ -14,6 +14,9 @@ case " ${TASK_DIR:+--task-dir} $*" in
   *" --task-"*) ;;
   *) env_fail "no data: give TASK_DIR=folder or --task-files; for a first try with built-in data: python studies/em_mllm/first.py" ;;
 esac
+case " $*" in
+  *" --trained-dir"*) ;;   # which brings both
+  *) SIGNAL_ENCODER_PATH=${SIGNAL_ENCODER_PATH:-$ROOT/em_mllm/em_foundation/weight} LLM_MODEL_PATH=${LLM_MODEL_PATH:-$ROOT/em_mllm/9G4B} ;;
+esac
 launch "$ROOT/em_mllm/train.py" ${TASK_DIR:+--task-dir "$TASK_DIR"} --output-dir "${OUTPUT_DIR:-${OUT:-$RUNS/em_mllm/base}}" \
-  --signal-encoder-path "${SIGNAL_ENCODER_PATH:-$ROOT/em_mllm/em_foundation/weight}" \
-  --llm-model-path "${LLM_MODEL_PATH:-$ROOT/em_mllm/9G4B}" "$@"
+  ${SIGNAL_ENCODER_PATH:+--signal-encoder-path "$SIGNAL_ENCODER_PATH"} ${LLM_MODEL_PATH:+--llm-model-path "$LLM_MODEL_PATH"} "$@"
