@@ -154,10 +154,12 @@ def read_data(args) -> tuple[SignalDataset, SignalDataset | None, SignalDataset,
     # a column that a file lacks is nan: right for a regression, but every signal needs its class
     for data in filter(None, (train, val, test)):
         label = data.columns["label"]
-        if (label % 1 != 0).any() or (label < 0).any():  # also of nan and inf
+        wrong = (label % 1 != 0) | (label < 0)  # also of nan and inf
+        if wrong.any():
+            path = data.files[data.owner[wrong.argmax()]].path
             raise UserError(
-                f"{data.files[0].path}: label is missing or not a class number; write a dataset label (Num, "
-                "1) of 0, 1, 2, ..."
+                f"{path}: label is missing or not a class number; write a dataset label (Num, 1) of 0, 1, 2, "
+                "..."
             )
     return train, val, test, join_classes(train, *filter(None, (val, test)))
 
@@ -204,8 +206,8 @@ def regression_scales(args, train) -> dict[str, float]:
     return scales
 
 
-def load_teacher(folder: Path, classes: list[str]) -> SiTMAEForClassification:
-    """The frozen model of an earlier run, which must know the same classes."""
+def load_teacher(folder: Path, classes: list[str], train: SignalDataset) -> SiTMAEForClassification:
+    """The frozen model of an earlier run, which must know the same classes and read the same signals."""
     # its probabilities are compared place by place, so the order of the classes counts, too
     config = read_config(folder)
     known = [config.id2label[k] for k in sorted(config.id2label)]
@@ -214,6 +216,16 @@ def load_teacher(folder: Path, classes: list[str]) -> SiTMAEForClassification:
             f"--teacher {folder}: knows the classes {', '.join(known)}, not {', '.join(classes)}; give the "
             "model/ folder of a run on these files"
         )
+
+    # and so are the signals: the teacher is shown those of the student, in the student's view
+    own = (train.signal.view, train.signal.factor)
+    view = (config.signal["view"], config.signal["factor"]) if config.signal else own
+    if view != own:
+        raise UserError(
+            f"--teacher {folder}: reads the view {view[0]} x {view[1]}, these signals are read as {own[0]} x "
+            f"{own[1]}; give a teacher of that view"
+        )
+    check_points(config, train.files, train.signal)
 
     # it teaches and does not learn: no dropout, no gradients
     with reading(folder, "model"):
@@ -400,7 +412,7 @@ def main(args):
     # model, loader and optimizer
     model = make_model(args, classes, scales, train, *filter(None, (val, test)))
     # a teacher may have another kind of encoder, with other patches: the collator lays its signals out apart
-    teacher = load_teacher(args.teacher, classes).to(accelerator.device) if args.teacher else None
+    teacher = load_teacher(args.teacher, classes, train).to(accelerator.device) if args.teacher else None
     loader = make_loader(train, args, collate_fn=SignalCollator(model.config, teacher and teacher.config))
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
 

@@ -15,7 +15,7 @@ from common.checkpoint import atomic_csv
 from common.figures import draw_confusion, new_figure, save_figure
 
 HIGH_SNR_DB = 10.0  # dB; from here on accuracy is reported apart
-SNR_BINS_DB = range(-30, 40, 5)
+SNR_STEP_DB = 5  # width of the bins of SNR
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
@@ -133,13 +133,9 @@ def at_high_snr(answers) -> list[dict]:
 def choice_scores(choice, temperature: float) -> dict:
     """Scores of the four-choice answers `choice`; temperature: of the confidence, see `fit_temperature`."""
     high = at_high_snr(choice)
-    by_snr = {}
-    for low in SNR_BINS_DB:
-        inside = [
-            a for a in choice if a["snr_db"] is not None and low <= a["snr_db"] < low + SNR_BINS_DB.step
-        ]
-        if inside:
-            by_snr[str(low)] = accuracy(inside)
+    in_bins = [
+        {**a, "bin": int(a["snr_db"] // SNR_STEP_DB) * SNR_STEP_DB} for a in choice if a["snr_db"] is not None
+    ]
     letters = sorted({a["pred"] for a in choice})
     return {
         "four_choice": len(choice),
@@ -154,7 +150,7 @@ def choice_scores(choice, temperature: float) -> dict:
         "by_task": accuracy_by(choice, "task"),
         "by_class": accuracy_by(choice, "class"),
         "by_class_high_snr": accuracy_by(high, "class"),
-        "by_snr": by_snr,
+        "by_snr": {str(low): value for low, value in accuracy_by(in_bins, "bin").items()},
         "letters_given": {letter: sum(a["pred"] == letter for a in choice) for letter in letters},
         "temperature": temperature,
         "calibration_error": calibration_error(choice, temperature),
@@ -188,11 +184,11 @@ def draw(answers, metrics, folder):
     if metrics["by_snr"]:
         rows = [{"snr_from_db": int(low), "accuracy": value} for low, value in metrics["by_snr"].items()]
         chance = np.mean([1 / len(a["options"]) for a in choice])
-        middle = [row["snr_from_db"] + SNR_BINS_DB.step / 2 for row in rows]
+        middle = [row["snr_from_db"] + SNR_STEP_DB / 2 for row in rows]
         figure, axis = new_figure()
         axis.plot(middle, [row["accuracy"] for row in rows], marker="o")
         axis.axhline(chance, color="0.6", ls="--", lw=1)
-        axis.set(xlabel="SNR (dB, 5 dB bins)", ylabel="accuracy", ylim=(0, 1.02))
+        axis.set(xlabel=f"SNR (dB, {SNR_STEP_DB} dB bins)", ylabel="accuracy", ylim=(0, 1.02))
         axis.set_title("four-choice accuracy; dashed: chance")
         save_figure(figure, folder / "accuracy_snr.png")
         atomic_csv(folder / "accuracy_snr.csv", rows)

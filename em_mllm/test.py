@@ -192,10 +192,11 @@ def answer_set(
             # what the scores are sorted by; an SNR only where the question is about one signal
             for r, record, answer in zip(rows, records, answers):
                 index, level = record["iq_index_in_h5"], snr[data.file_of[r]]
+                known = level is not None and isinstance(index, int) and np.isfinite(level[index])
                 answer |= {
                     "task": data.tasks[data.task_of[r]],
                     "answer": record.get("answer"),
-                    "snr_db": float(level[index]) if level is not None and isinstance(index, int) else None,
+                    "snr_db": float(level[index]) if known else None,
                 }
                 # competition files have no answers: no truth then
                 if record.get("answer") and "options" in answer:
@@ -206,22 +207,31 @@ def answer_set(
 
 
 def other_signals(data: QuestionDataset, seed=0) -> dict:
-    """For each question with options another question's row whose signal has a different label (of the same
-    task where there is one). UserError where there is no such question."""
-    # where a file has no labels its signals count as a class each: any other one will do
-    labels = [f.column("label") if "label" in f.columns else np.arange(len(f)) for f in data.files]
+    """For each question with options another question's row whose signal is of another class: of the same
+    task where there is one, else of any; another signal where all are of one class. UserError where there is
+    none."""
+
+    def classes(file) -> list:
+        # without labels its signals count as a class each: any other one will do
+        if "label" not in file.columns:
+            return list(range(len(file)))
+        # by name, because class 3 of one file may be class 5 of another
+        names = dict(enumerate(file.classes or ()))
+        return [names.get(number, number) for number in file.column("label").tolist()]
+
+    labels = list(map(classes, data.files))
     records = [data.records[row] for row in range(len(data.records))]
     shown = np.array([(owner, indices(r)[0]) for r, owner in zip(records, data.file_of)])
-    label = np.array([labels[owner][index] for owner, index in shown])
+    label = np.array([labels[owner][index] for owner, index in shown], object)
 
     # drawn from a seed, so that two tests of a model show it the same wrong signals
     rng, swap, rows = np.random.default_rng(seed), {}, np.arange(len(records))
     for row, record in enumerate(records):
         if parse_options(record):
             elsewhere = (shown != shown[row]).any(1)  # also where labels are nan, and so unlike themselves
-            others = rows[elsewhere & (data.task_of == data.task_of[row]) & (label != label[row])]
-            others = others if len(others) else rows[elsewhere]
-            if len(others):
+            wrong = elsewhere & (label != label[row])
+            pools = (rows[which] for which in (wrong & (data.task_of == data.task_of[row]), wrong, elsewhere))
+            if (others := next(filter(len, pools), None)) is not None:
                 swap[row] = int(rng.choice(others))
     # a control that swaps nothing would repeat the scores and look like one
     if not swap:
@@ -434,6 +444,8 @@ def main(args):
 
     # the model, and what it was trained to read
     accelerator = Accelerator()  # as many processes as torchrun started, each with the whole model
+    if args.iq and not accelerator.is_main_process:
+        return  # recordings are asked one after the other, and their answers go to one file
     model, tokenizer, notes = load(args, accelerator)
     # the same signal path for a test set and for a recording: one specification, kept with the model
     spec = SignalSpec.from_json(notes.get("signal"))
@@ -457,8 +469,12 @@ def main(args):
     check_points(model.signal_encoder.config, data.files + (held.files if held else []), spec)
 
     # the answer file knows a question by its id alone
-    ids = {data.records[r].get("id") for r in range(len(data.records))}
-    if args.submission and len(ids) < len(data.records):
+    ids = [data.records[r].get("id") for r in range(len(data.records))]
+    if args.submission and (wrong := [i for i in ids if type(i) is not int]):
+        raise UserError(
+            f"--submission: the id {wrong[0]!r} of a question is no whole number; number them all"
+        )
+    if args.submission and len(set(ids)) < len(ids):
         raise UserError(
             "--submission: an id stands twice in these questions; give one question file with --task-files"
         )

@@ -28,6 +28,7 @@ from em_mllm.scores import (
     draw,
     fit_temperature,
     open_scores,
+    score,
     wilson,
 )
 from em_mllm.test import other_signals
@@ -233,6 +234,44 @@ def test_a_wrong_signal_without_a_label_is_another_one(tmp_path, tokenizer):
     questions = QuestionDataset(task_pairs(tmp_path), tokenizer, with_answers=False)
     swap = other_signals(questions)
     assert len(swap) == 12 and all(row // 4 != other // 4 for row, other in swap.items())
+
+
+def test_a_wrong_signal_is_of_another_class_by_name_not_by_number(tmp_path, tokenizer):
+    """Two files of one task count the same classes in another order."""
+    for name, classes in (("x", ["FM", "AM"]), ("y", ["AM", "FM"])):
+        label = np.array([[0.0], [1.0], [np.nan]])
+        write_h5(tmp_path / f"{name}.h5", np.ones((3, 32, 2), "f4"), label=label, classes=json.dumps(classes))
+    about = [(f"{name}.h5", row) for name in "xy" for row in range(2)]
+    ask = {"question": "Which? (A) FM (B) AM"}
+    rows = [{**ask, "h5_path": file, "iq_index_in_h5": row} for file, row in about]
+    write_questions(tmp_path / "x.json", rows)
+    pairs = [(tmp_path / "x.h5", tmp_path / "x.json")]
+    swap = other_signals(QuestionDataset(pairs, tokenizer, with_answers=False))
+    name = [("FM", "AM"), ("AM", "FM")]
+    names = [name[row // 2][row % 2] for row in range(4)]
+    assert len(swap) == 4 and all(names[row] != names[other] for row, other in swap.items())
+
+
+def test_a_label_that_is_none_is_told_with_its_own_file(tmp_path):
+    for name, label in (("a", [[0.0], [1.0]]), ("b", [[0.0], [0.5]])):
+        write_h5(tmp_path / f"{name}.h5", np.ones((2, 32, 2), "f4"), label=np.array(label))
+    files = ("--train", tmp_path / "a.h5", tmp_path / "b.h5", "--test", tmp_path / "a.h5", "--encoder", "cnn")
+    files += ("--out", tmp_path / "out")
+    with pytest.raises(UserError, match="b.h5: label"):
+        em_mllm.finetune.read_data(em_mllm.finetune.parse_args([*map(str, files)]))
+
+
+def test_accuracy_is_drawn_at_every_snr():
+    answer = {"options": {"A": "x", "B": "y"}, "extracted": "A", "pred": "A", "likeliest": "A", "truth": "A"}
+    answer |= {"scores": [1.0, 0.0], "task": "t", "class": "x", "answer": "(A) x", "text": "(A)"}
+    levels = (40.0, -31.0, 52.5, -0.1, None)
+    assert list(score([{**answer, "snr_db": db} for db in levels])["by_snr"]) == ["-35", "-5", "40", "50"]
+
+
+def test_device_tasks_name_every_class_as_the_questions_do():
+    meta = {"classes": ["a", "b"], "coding": np.array(["", "PWM"]), "modulation": np.array(["OOK", ""])}
+    names = em_mllm.convert.device_names(meta)
+    assert names == {"device": ["a", "b"], "coding": ["none", "PWM"], "keying": ["OOK", "none"]}
 
 
 # ---- closed forms
