@@ -234,15 +234,17 @@ def disturb(z, fs, rng, noise_db=None, shift_hz=0.0):
     return z
 
 
+def device_names(meta) -> dict[str, list[str]]:
+    """What each task calls the classes of the captures, class by class."""
+    fields = {"device": "classes", "coding": "coding", "keying": "modulation"}
+    return {task: [str(value) or "none" for value in meta[field]] for task, field in fields.items()}
+
+
 def write_captures(folder: Path, views, y, meta, rng, args, choices: int, opens: int):
     """folder/device.h5, of captures in the view of --view, and the questions about device, coding and keying
     in three .json."""
     folder.mkdir(parents=True)
-    names = {
-        "device": [str(c) for c in meta["classes"]],
-        "coding": [str(v) or "none" for v in meta["coding"]],
-        "keying": [str(v) or "none" for v in meta["modulation"]],
-    }
+    names = device_names(meta)
     with h5py.File(folder / "device.h5", "w") as file:
         file["IQ_data"] = np.stack(views)
         file["label"] = np.asarray(y, np.float32)[:, None]
@@ -280,12 +282,10 @@ def convert_rtl433(paths, out: Path, args):
             name = ("clean" if noise is None else f"{noise}dB") + ("_shift" if shift else "")
             folder = out / "test" / name
             write_captures(folder, views, test["y"], test, rng, args, 1, int(args.sentences))
-    values = {
-        "device": [str(c) for c in train["classes"]],
-        "coding": sorted({str(v) or "none" for v in train["coding"]}),
-        "keying": sorted(set(map(str, train["modulation"]))),
+    tasks = {
+        task: {"noun": DEVICE[task], "names": names if task == "device" else sorted(set(names))}
+        for task, names in device_names(train).items()
     }
-    tasks = {task: {"noun": DEVICE[task], "names": names} for task, names in values.items()}
     (out / "tasks.json").write_text(json.dumps(tasks, ensure_ascii=False))
     trained = f"{len(train['y'])} training captures x {args.copies} copies, " if len(paths) > 1 else ""
     print(f"{trained}{len(test['y'])} test captures in {2 * len(NOISE_DB) + 2} conditions")

@@ -47,13 +47,13 @@ def add_augmentation_arguments(group):
         type=number(float, -200, 200),
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="augmentation: white noise at an SNR drawn uniformly from LOW to HIGH dB",
+        help="augmentation: white noise at an SNR drawn uniformly from LOW to HIGH dB, after a random phase",
     )
     group.add_argument(
         "--shift-hz",
         type=number(float, 0),
         default=0.0,
-        help="augmentation: frequency shift by up to this many Hz up or down",
+        help="augmentation: frequency shift by up to this many Hz up or down, and a random phase",
     )
     group.add_argument("--roll", action="store_true", help="augmentation: circular shift by a random offset")
     group.add_argument(

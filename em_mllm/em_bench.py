@@ -62,8 +62,7 @@ def read_predictions(path: Path) -> dict[str, list[dict]]:
         items = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines()]
     check(items, [{"task": str}], path)
     for item in items:
-        item = {"answer": item.get("answer") or "", "model_response": item.get("text") or "", **item}
-        tasks.setdefault(item["task"], []).append(item)
+        tasks.setdefault(item["task"], []).append({"model_response": item.get("text"), **item})
     return tasks
 
 

@@ -132,7 +132,7 @@ def join_smollm2():
             model=RUN / "smollm2/model",
             task_files=questions(VIEWS / "test" / condition),
             wrong_signal=condition == "clean",
-            limit=size(60, smoke=2),
+            limit=size(60, smoke=4),  # two about each capture: a wrong signal needs another one
             batch_size=16,
             out=RUN / f"smollm2/test_{condition}",
         )

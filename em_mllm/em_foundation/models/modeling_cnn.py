@@ -31,7 +31,8 @@ class SignalCNNModel(SiTMAEPreTrainedModel):
     """samples (B, M, C*P): a cls place, then patches of 32 points; sample_ids_seq (B, M), -1 at padding.
 
     last_hidden_state (B, M, D): [mean, maximum] over the valid time at the cls place, each patch's vector
-    twice behind it. One signal a row. Padding does not change the rest: it is zero at every layer.
+    twice behind it. One signal a row. Padding is zero at every layer and changes nothing in eval mode; in
+    training the batch norms count it.
     """
 
     supports_gradient_checkpointing = False

@@ -281,7 +281,7 @@ class SiTMAEHeadModel(SiTMAEPreTrainedModel):
         raise NotImplementedError
 
     def cost(self, logits, labels, patch_positions, sample_ids):
-        """-> loss, and {task: unweighted loss as a float} or None."""
+        """-> loss, and {task: unweighted loss} or None."""
         raise NotImplementedError
 
     def per_signal(self, per_token, patch_positions, sample_ids):
