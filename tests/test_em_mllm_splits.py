@@ -253,9 +253,9 @@ def test_a_wrong_signal_is_of_another_class_by_name_not_by_number(tmp_path, toke
 
 
 def test_a_label_that_is_none_is_told_with_its_own_file(tmp_path):
-    for name, label in (("a", [[0.0], [1.0]]), ("b", [[0.0], [0.5]])):
+    for name, label in (("a", [[0.0], [1.0]]), ("b", [[0.0], [0.5]]), ("c", [[0.0], [1.0]])):
         write_h5(tmp_path / f"{name}.h5", np.ones((2, 32, 2), "f4"), label=np.array(label))
-    files = ("--train", tmp_path / "a.h5", tmp_path / "b.h5", "--test", tmp_path / "a.h5", "--encoder", "cnn")
+    files = ("--train", tmp_path / "a.h5", tmp_path / "b.h5", "--test", tmp_path / "c.h5", "--encoder", "cnn")
     files += ("--out", tmp_path / "out")
     with pytest.raises(UserError, match="b.h5: label"):
         em_mllm.finetune.read_data(em_mllm.finetune.parse_args([*map(str, files)]))
