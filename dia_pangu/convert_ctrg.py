@@ -26,11 +26,11 @@ from dia_pangu.src.Dataset.scan import picture_files, read_pictures
 
 
 def convert(folder: Path, path: Path):
-    """Write the slices of a folder as (columns, rows, slices) uint8, without any orientation."""
+    """Write the slices of a folder as (columns, rows, slices), in their own bits, without any orientation."""
     image = nibabel.Nifti1Image(np.ascontiguousarray(read_pictures(folder)), np.eye(4))
     image.set_sform(None, 0)
     image.set_qform(None, 0)
-    image.header["descrip"] = b"8-bit grey levels of pictures, no HU; no spacing, no orientation"
+    image.header["descrip"] = b"grey levels of pictures; no spacing, no orientation"
     atomic_write(path, gzip.compress(image.to_bytes(), 1))
 
 

@@ -47,6 +47,15 @@ def test_resampling_keeps_position_and_size_of_the_body():
     assert centre == pytest.approx([14.5 / 40, 19.5 / 40, 9.5 / 20], abs=0.03)
 
 
+@pytest.mark.parametrize("slices", [320, 319, 316, 304, 64])
+def test_resampling_keeps_the_middle_where_the_slices_do_not_divide(slices):
+    """HU that rise by 1 in each mm are what the grid's places say, whatever is averaged."""
+    mm = (np.arange(slices) + 0.5 - slices / 2) * 320 / slices
+    hu = np.broadcast_to(mm.astype(np.float32), (8, 8, slices)).copy()
+    out = resample(hu, (10.0, 10.0, 320 / slices), Grid((8, 8, 64), (80.0, 80.0, 320.0)))
+    assert np.abs(out[4, 4].numpy() - ((np.arange(64) + 0.5) * 5 - 160))[2:-2].max() < 0.01
+
+
 def test_cached_and_fresh_volumes_are_equal(data, tmp_path):
     path = data / "volumes" / "2.nii.gz"
     fresh = load_volume(path, Grid((64, 64, 16)))
@@ -70,6 +79,24 @@ def test_patch_labels_lie_where_the_finding_is(tmp_path):
             found = locate(dense, (0.1, 0.9))
             right = found["side"] == side and (found["height"] > 0.5) == (place == "upper")
             assert right, (side, place, found)
+
+
+def test_patch_labels_end_with_the_scan_and_know_its_unit(tmp_path):
+    bits = np.ones((64, 64, 8), np.uint16)  # finding 0 in every voxel of a scan of half the field's height
+    save_nifti(tmp_path / "m.nii.gz", bits)
+    labels = patch_labels(tmp_path / "m.nii.gz", Grid((64, 64, 16)), (8, 8, 4)).unflatten(0, (8, 8, 4))
+    assert labels[..., 0].amax((0, 1)).tolist() == [0, 1, 1, 0]
+
+    _, bits = phantom(
+        np.random.default_rng(5), {"pleural effusion": {"side": "left", "place": "", "size": "large"}}
+    )
+    save_nifti(tmp_path / "a.nii.gz", bits)
+    image = nibabel.load(tmp_path / "a.nii.gz")
+    microns = nibabel.Nifti1Image(np.asanyarray(image.dataobj), np.diag([1e3, 1e3, 1e3, 1]) @ image.affine)
+    microns.header.set_xyzt_units("micron")
+    nibabel.save(microns, tmp_path / "b.nii.gz")
+    one, other = (patch_labels(tmp_path / f"{name}.nii.gz", Grid((64, 64, 16)), (8, 8, 4)) for name in "ab")
+    assert one.sum() > 0 and torch.equal(one, other)
 
 
 def test_phantoms_are_a_function_of_their_seed():

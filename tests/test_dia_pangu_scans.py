@@ -18,14 +18,14 @@ from scipy.ndimage import zoom
 
 from common.errors import UserError
 from dia_pangu import convert_ctrg
-from dia_pangu.evaluate.evidence import Backdrop, draw_evidence
+from dia_pangu.evaluate.evidence import Backdrop, draw_evidence, locate_all
 from dia_pangu.src import test as report_script
 from dia_pangu.src.Dataset.preprocess import Grid, load_scan, load_volume, read_hu, resample, stamp
 from dia_pangu.src.Dataset.prompt import FINDINGS, without_sides
 from dia_pangu.src.Dataset.scan import read_ct, read_scan, scan_name
 from dia_pangu.src.Dataset.scans import find_scans
 from dia_pangu.src.Dataset.verdict import Verdict, judge_values
-from dia_pangu.src.Model.build import build_model, save_model
+from dia_pangu.src.Model.build import build_model, make_embedding, save_model
 from dia_pangu.src.report_files import Journal
 from studies.dia_pangu import ct_files
 from studies.dia_pangu.ct_files import COUNT, LPS, RAS, STEP_MM, save, screenshot, series, spoil, volume
@@ -514,6 +514,7 @@ def test_metaimage_and_nrrd_are_read(suffix, tmp_path, good):
         (b"ElementSpacing = 8 8 9\n", b"", "no spacing is known"),
         (b"ElementSpacing = 8", b"ElementSpacing = -8", "negative"),
         (b"AnatomicalOrientation = RAI", b"AnatomicalOrientation = LAI", "contradict each other"),
+        (b"TransformMatrix = 1 0 0 0 1 0 0 0 1\n", b"", "no TransformMatrix"),
         (b"left-posterior-superior", b"scanner-xyz", "names no space of the patient"),
         (b"-superior", b'-superior\nspace units: "cm" "cm" "cm"', "space units are cm"),
         (b"-superior", b'-superior\nspace units: "um" "um" "um"', "only that is possible"),
@@ -724,6 +725,7 @@ def test_a_folder_of_scans_is_reported_in_one_go_and_resumed(checkpoint, llm, tm
     os.utime(place / "a.nii.gz")
     again = call(report_script, *base, log=tmp_path / "log.txt")
     assert again.returncode == 0 and "2 scans are done already" in again.text, again.text
+    assert again.text.count("no report: ") == 1  # what could not be read is tried again
     assert len(list((tmp_path / "out/evidence").rglob("*.png"))) == 1  # asked for one of all, not one a start
     assert sorted(before.splitlines()) == sorted((tmp_path / "out/verdicts.csv").read_text().splitlines())
     other = call(report_script, *base, "--hide-places", log=tmp_path / "log.txt")
@@ -757,6 +759,11 @@ def test_scans_are_found_in_folders_and_in_a_csv(tmp_path, capsys):
     with pytest.raises(UserError, match="2.npy: no scan by its name"):
         read_scan(tmp_path / "s/x/2.npy")
     assert [name for name, _ in find_scans(tmp_path / "s/7")] == ["7"]
+    # One picture makes no stack, and a stack hides no scan below it.
+    shutil.copy(tmp_path / "s/7/1.jpg", tmp_path / "s/overview.jpg")
+    (tmp_path / "s/7/z").mkdir()
+    save(tmp_path / "s/7/z/3.nii", volume())
+    assert [name for name, _ in find_scans(tmp_path / "s")] == ["7", "7/z/3", "p/study", "x/1", "y"]
     (tmp_path / "list.csv").write_text("id,volume\nfirst,s/x/1.nii.gz\n,s/y.img\n")
     assert find_scans(tmp_path / "list.csv") == [
         ("first", tmp_path / "s/x/1.nii.gz"),
@@ -785,6 +792,31 @@ def test_no_side_is_named_where_it_is_unknown(checkpoint, llm, tmp_path):
         sides[name] = {row["side"] for row in table(tmp_path / name / "findings.csv")}
         assert ("unknown" in table(tmp_path / name / "verdicts.csv")[0]["side"]) == (name == "unknown")
     assert sides["known"] & {"left", "right"} and sides["unknown"] == {""}
+
+
+def test_upstreams_preparation_names_sides_of_the_axes_of_pictures_alone(tmp_path):
+    """It keeps the axes as they are stored, so that a map's first column is the right of some files only."""
+    hu = volume().astype(np.int16)
+    save(tmp_path / "lps.nii", hu)
+    save(tmp_path / "ras.nii", hu[::-1, ::-1].copy(), np.diag([-1.0, -1.0, 1.0, 1.0]) @ RAS)
+    save(tmp_path / "lpi.nii", hu[..., ::-1].copy(), RAS @ np.diag([1.0, 1.0, -1.0, 1.0]))
+    for preprocess, sides in (("windows", ["known"] * 3), ("upstream", ["known", "unknown", "unknown"])):
+        grid = Grid((16, 16, 16), preprocess=preprocess)
+        verdicts = [load_scan(tmp_path / f"{name}.nii", grid)[1] for name in ("lps", "ras", "lpi")]
+        assert [verdict.side for verdict in verdicts] == sides
+    torch.manual_seed(0)
+    layer = make_embedding(SMALL, 1, 8)
+    tokens, volumes = torch.randn(2, 1, 16, 24), torch.zeros(2, 1, 3, 16, 16, 16)
+    known, unknown = locate_all(layer, tokens, volumes, "upstream", verdicts[:2])[1]
+    assert all(side and place for side, place in known.values()) and set(unknown.values()) == {("", "")}
+
+
+def test_a_second_start_goes_on_within_its_limit(tmp_path):
+    for name in "abcd":
+        save(tmp_path / f"{name}.nii", volume())
+    base = ["--ckpt-path", "x", "--lang-encoder-path", "y", "--volumes", str(tmp_path), "--limit", "2"]
+    batches = report_script.read_batches(report_script.parse_args(base), Grid((16, 16, 16)), "en", {"a": {}})
+    assert [name for name, _ in batches.dataset.scans] == ["b"]
 
 
 def test_a_report_names_no_side_that_nobody_knows():

@@ -87,7 +87,8 @@ def locate_all(
 
     tokens: (B, S, n_tok, dim) of vision_x (B, S, 3, H, W, D). preprocess: only the `windows` preparation
     shows where the lungs begin and end; with `upstream` the thirds are those of the whole volume. verdicts:
-    of the volumes; where left and right are unknown no side is named.
+    of the volumes; where left and right are unknown no side is named, and with `upstream`, which keeps the
+    stored axes, no place either.
     """
     maps = evidence_maps(layer, tokens, layer.vision_encoder.grid(vision_x.shape))
     places = []
@@ -97,7 +98,8 @@ def locate_all(
         places.append({name: (at["side"], at["place"]) for name, at in where.items()})
     for where, verdict in zip(places, verdicts):
         if verdict.side != "known":
-            where.update({name: ("", place) for name, (_, place) in where.items()})
+            kept = preprocess == "windows"
+            where.update({name: ("", place if kept else "") for name, (_, place) in where.items()})
     return maps, places
 
 

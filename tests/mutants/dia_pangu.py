@@ -80,6 +80,28 @@ MUTANTS = [
         SPLITS,
         "a volume in two partitions is taken",
     ),
+    # --- preparation
+    Mutant(
+        "dia_pangu/src/Dataset/preprocess.py",
+        "- (field + off) / 2",
+        "- field / 2",
+        DATA,
+        "a volume is shifted where its slices do not divide by the averaging",
+    ),
+    Mutant(
+        "dia_pangu/src/Dataset/preprocess.py",
+        "np.where((nearest >= 0) & (nearest < size), nearest, size)",
+        "np.clip(nearest, 0, size - 1)",
+        DATA,
+        "patches outside of the scan carry the findings of its edge",
+    ),
+    Mutant(
+        "dia_pangu/src/Dataset/preprocess.py",
+        'scan.verdict.side = "unknown"',
+        'scan.verdict.side = "known"',
+        SCANS,
+        "sides are named of axes that run the other way",
+    ),
     # --- training
     Mutant(
         "dia_pangu/src/train.py",

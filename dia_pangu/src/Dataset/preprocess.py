@@ -14,16 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nibabel import aff2axcodes
 from torch.nn import functional as F
 
 from common.checkpoint import atomic_json, atomic_path
 from common.errors import UserError
 from dia_pangu.src.Dataset.dicom import files_below
-from dia_pangu.src.Dataset.scan import read_ct, read_hu, read_labels_volume, read_nifti, read_scan  # noqa: F401  read_hu and read_nifti are used from here
+from dia_pangu.src.Dataset.scan import read_ct, read_hu, read_labels_volume, read_scan  # noqa: F401  read_hu is used from here
 from dia_pangu.src.Dataset.verdict import AIR_HU, OTHER, Verdict, say
 
 # Part of the cache's key: arrays of an earlier reader are made anew.
-READER = 2
+READER = 3
 # (low, high) HU of the three channels of the default preparation: lung, soft tissue, bone.
 WINDOWS = ((-1350.0, 150.0), (-160.0, 240.0), (-500.0, 1300.0))
 PREPROCESS = ("windows", "upstream")
@@ -50,14 +51,15 @@ def resample(hu: np.ndarray, spacing_mm, grid: Grid) -> torch.Tensor:
     # Averaging before a coarser grid; the factor is the whole number nearest to the ratio of the spacings.
     pool = [max(1, min(int(round(t / s)), n)) for t, s, n in zip(grid.spacing_mm, spacing, hu.shape)]
     if max(pool) > 1:
-        volume = F.avg_pool3d(volume, pool)
-    sizes, steps = volume.shape[2:], spacing * pool
-    if tuple(sizes) == grid.size and np.allclose(steps, grid.spacing_mm, rtol=1e-3):
+        volume = F.avg_pool3d(volume, pool, ceil_mode=True)  # the last of an axis may average fewer
+    sizes, steps = np.array(volume.shape[2:]), spacing * pool
+    beyond = sizes * pool - hu.shape  # voxels that the last one lacks, which move the middle
+    if tuple(sizes) == grid.size and not beyond.any() and np.allclose(steps, grid.spacing_mm, rtol=1e-3):
         return volume[0, 0] + AIR_HU
     axes = []
-    for size, step, target, field in zip(sizes, steps, grid.size, grid.fov_mm):
-        centre_mm = (torch.arange(target, dtype=torch.float64) + 0.5) * (field / target) - field / 2
-        axes.append((2 * centre_mm / (size * step)).float())  # -1 and 1 are the outer faces of the volume
+    for size, step, off, target, field in zip(sizes, steps, beyond * spacing, grid.size, grid.fov_mm):
+        place_mm = (torch.arange(target, dtype=torch.float64) + 0.5) * (field / target) - (field + off) / 2
+        axes.append((2 * place_mm / (size * step)).float())  # -1 and 1 are the outer faces of the volume
     h, w, d = torch.meshgrid(*axes, indexing="ij")
     where = torch.stack((d, w, h), dim=-1)[None]
     return F.grid_sample(volume, where, mode="bilinear", align_corners=False)[0, 0] + AIR_HU
@@ -103,6 +105,14 @@ def prepare(path, grid: Grid, series=None) -> tuple[np.ndarray, Verdict]:
         scan = read_scan(path, series)
         if scan.verdict.values == OTHER:
             scan.verdict.note(f"no HU and no grey levels ({scan.verdict.why})")
+        # The axes stay as they are stored; `evidence.locate` counts them from the right and from the feet.
+        width, _, depth = scan.voxels.shape
+        if scan.verdict.side == "known" and (aff2axcodes(scan.affine)[::2] != ("L", "S") or depth >= width):
+            scan.verdict.side = "unknown"
+            scan.verdict.note(
+                "upstream's preparation keeps the stored axes, which do not run from right to left and from "
+                "feet to head: left and right are unknown"
+            )
         image = upstream_image(scan.voxels.transpose(2, 1, 0))[:1]
         return to_test_grid(image, grid.size)[0].numpy(), scan.verdict
     hu, spacing_mm, verdict = read_ct(path, series)
@@ -187,14 +197,13 @@ def patch_labels(path, grid: Grid, patch, cache=None, least: float = 0.08) -> to
 
 def _patch_labels(path, grid: Grid, patch, least: float) -> np.ndarray:
     voxels, step = read_labels_volume(path)
-    bits = torch.from_numpy(voxels.astype(np.int32))
     index = []
-    for size, mm, target, field in zip(bits.shape, step, grid.size, grid.fov_mm):
-        at = (
-            (np.arange(target) + 0.5) * field / target - field / 2
-        ) / mm + size / 2  # nearest voxel of the mask
-        index.append(torch.from_numpy(np.clip(np.floor(at), 0, size - 1).astype(int)))
-    bits = bits[index[0]][:, index[1]][:, :, index[2]]
+    for size, mm, target, field in zip(voxels.shape, step, grid.size, grid.fov_mm):
+        place_mm = (np.arange(target) + 0.5) * field / target - field / 2
+        nearest = np.floor(place_mm / mm + size / 2).astype(int)
+        index.append(np.where((nearest >= 0) & (nearest < size), nearest, size))
+    # Outside of the mask nothing is found: a layer of zeros behind its last voxels stands for that.
+    bits = torch.from_numpy(np.pad(voxels.astype(np.int32), (0, 1))[np.ix_(*index)])
     planes = torch.stack([((bits >> c) & 1).float() for c in range(14)])
     share = F.avg_pool3d(planes[None], tuple(patch))[0].flatten(1)
     full = share.max(1, keepdim=True).values

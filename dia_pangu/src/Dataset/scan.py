@@ -122,18 +122,6 @@ def check_stored_header(image, path):
         raise UserError(f"{path}: pixdim is 0, so the spacing is unknown; mend the header")
 
 
-def nifti_voxels(image, path) -> np.ndarray:
-    """Return the voxels of an image that `open_nifti` opened, as stored."""
-    with reading(path, "NIfTI file; was the copy cut short?"):
-        return plain(np.asanyarray(image.dataobj), path)
-
-
-def read_nifti(path) -> tuple[np.ndarray, np.ndarray]:
-    """Return voxels as stored (X, Y, Z) and the 4x4 affine to RAS of a 3-D volume."""
-    image = open_nifti(path)
-    return nifti_voxels(image, path), image.affine
-
-
 def nifti_orientation(image, verdict: Verdict):
     """Fill in whether a NIfTI, Analyze or MGH header says which side is which."""
     header = image.header
@@ -164,7 +152,8 @@ def unknown(verdict: Verdict, why: str):
 def scan_nifti(path) -> Scan:
     """Read a file of nibabel's formats."""
     image = open_nifti(path)
-    voxels = nifti_voxels(image, path)
+    with reading(path, "NIfTI file; was the copy cut short?"):
+        voxels = plain(np.asanyarray(image.dataobj), path)
     kind = type(image).__name__.removesuffix("Image").removesuffix("Pair")
     verdict = Verdict(
         kind.replace("Nifti1", "NIfTI").replace("Nifti2", "NIfTI-2").replace("Spm99", "").replace("Spm2", "")
@@ -263,6 +252,8 @@ def itk_orientation(head: str, affine, verdict: Verdict, path) -> str:
     named = field("AnatomicalOrientation").upper()
     if np.array_equal(affine, np.diag([-1.0, -1.0, 1.0, 1.0])):
         unknown(verdict, "the header has no orientation")
+    elif verdict.format == "MetaImage" and not field("TransformMatrix|Rotation|Orientation"):
+        unknown(verdict, "the header has no TransformMatrix")
     elif verdict.format == "NRRD" and not re.match("(?i)left|right|lps|las|ras", field("space")):
         unknown(verdict, "the header names no space of the patient")
     elif re.fullmatch("[LRAPSI]{3}", named) and named != begins:
@@ -313,22 +304,21 @@ def read_pictures(folder) -> np.ndarray:
 def scan_pictures(folder) -> Scan:
     """Read a folder of pictures: grey levels, with nothing known of sizes and sides. The first row of a
     picture is taken for the front, the first column for the right, the first picture for the head."""
-    verdict = Verdict("pictures", units="unknown", spacing="unknown")
+    verdict, files = Verdict("pictures", units="unknown", spacing="unknown"), picture_files(folder)
     unknown(verdict, "pictures have no header")
-    affine = np.diag([-1.0, -1.0, -1.0, 1.0])
     # The last number of a name counts its slices.
-    counted = [re.findall(r"\d+", path.stem)[-1:] for path in picture_files(folder)]
+    counted = [re.findall(r"\d+", path.stem)[-1:] for path in files]
     steps = np.diff([int(number) for found in counted for number in found])
     if all(counted) and len(set(steps)) > 1:
         verdict.note(
             "the numbers in the pictures' names do not count on evenly: slices may be missing or mixed"
         )
-    files = picture_files(folder)
-    with reading(files[0], "picture"), Image.open(files[len(files) // 2]) as image:
+    middle = files[len(files) // 2]
+    with reading(middle, "picture"), Image.open(middle) as image:
         spread = np.ptp(np.asarray(image.convert("RGB")).astype(int), axis=2)
     if (spread > 40).mean() > 0.05:  # more than coloured letters
         verdict.note("the pictures are coloured; only their brightness is read")
-    return Scan(read_pictures(folder), affine, verdict)
+    return Scan(read_pictures(folder), np.diag([-1.0, -1.0, -1.0, 1.0]), verdict)
 
 
 def check_affine(affine: np.ndarray, path):
@@ -454,10 +444,9 @@ def orient(voxels, affine, path) -> tuple[np.ndarray, tuple]:
 
 def read_labels_volume(path) -> tuple[np.ndarray, tuple]:
     """Read a mask or a segmentation (H, W, D) as stored, in the axes of `read_hu`, and its spacing in mm."""
-    voxels, affine = read_nifti(path)
-    check_affine(affine, path)
-    straight, affine = straighten(voxels, affine, order=0)
-    return orient(straight.astype(voxels.dtype), affine, path)
+    scan = scan_nifti(path)
+    straight, affine = straighten(scan.voxels, scan.affine, order=0)
+    return orient(straight.astype(scan.voxels.dtype), affine, path)
 
 
 def read_native(path, series=None) -> tuple[np.ndarray, tuple, np.ndarray, Verdict]:

@@ -70,13 +70,16 @@ def scans_of_folder(folder: Path) -> list[tuple[str, Path]]:
         files = sorted(p for p in place.iterdir() if not p.name.startswith("."))
         whole = [p for p in files if p.is_file() and p.suffix.lower() not in (".raw", ".zraw", ".csv")]
         volumes = [p for p in whole if p.name.lower().endswith((*NIFTI, *ITK))]
-        loose = [p for p in whole if p not in volumes]
+        slices = picture_files(place) if len(picture_files(place)) > 1 else []  # one is no stack
+        loose = [p for p in whole if p not in volumes and p not in slices]
         # An Analyze pair is one scan.
         volumes = [p for p in volumes if p.suffix != ".hdr" or not p.with_suffix(".img").exists()]
         scans.extend((str((p.parent / scan_name(p)).relative_to(folder)), p) for p in volumes)
-        if picture_files(place) or any(p.name.upper() == "DICOMDIR" or is_dicom(p) for p in loose):
+        dicom = any(p.name.upper() == "DICOMDIR" or is_dicom(p) for p in loose)
+        if slices or dicom:
             name = str(place.relative_to(folder)) if place != folder else place.resolve().name
             scans.append((name, place))
+        if dicom:  # the folders below belong to it
             return
         passed.extend(loose)
         for inner in sorted(files, key=Path.is_symlink):
