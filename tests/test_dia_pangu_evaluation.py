@@ -182,6 +182,17 @@ def test_organs_lie_on_their_side_after_reading(data_root, tmp_path):
     assert landmarks(tmp_path) == {}
 
 
+def test_a_row_ends_where_the_csv_ends_it(tmp_path):
+    """Form feeds and line separators, which editors and slides leave in reports, need no quotes in a CSV."""
+    report = "Clear\x0blungs.\x0cNo\u2028effusion.\x85"
+    write_csv(tmp_path / "a.csv", ["ID", "Ground Truth", "Pred"], ["1", report, "x\ny"], ["2", "b", report])
+    rows = nlg_eval.read_csv(tmp_path / "a.csv")
+    assert [(row["ID"], row["Ground Truth"], row["Pred"]) for row in rows] == [
+        ("1", report, "x\ny"),
+        ("2", "b", report),
+    ]
+
+
 def test_rouge_l_equals_upstreams_and_keeps_runs_of_spaces():
     rng = np.random.default_rng(0)
     texts = [" ".join(f"w{i}" for i in rng.integers(0, 30, rng.integers(1, 60))) for _ in range(40)]

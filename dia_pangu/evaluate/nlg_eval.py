@@ -13,6 +13,7 @@ retrieved report where all reports are alike: read the scores of the findings fi
 
 import ast
 import csv
+import io
 import re
 import shutil
 import subprocess
@@ -361,7 +362,8 @@ def read_csv(path) -> list[dict]:
     except UnicodeDecodeError:
         text = Path(path).read_bytes().decode("gb18030", errors="replace")
         print(f"{path}: not UTF-8; read as GB18030", file=sys.stderr)
-    rows = list(csv.DictReader(text.replace("\0", " ").splitlines(keepends=True)))
+    # Lines as csv knows them: str.splitlines would also end a row at a form feed or U+2028 in a report.
+    rows = list(csv.DictReader(io.StringIO(text.replace("\0", " "), newline="")))
     if not rows:
         raise UserError(f"{path}: no rows; the file needs a header and one row per report")
     for name in ("Ground Truth", "Pred"):
