@@ -76,5 +76,6 @@ class Journal:
 def weights_stamp(path) -> list:
     """Return what tells the weights of a checkpoint apart: the names, sizes and times of its files."""
     path = Path(path)
-    files = sorted(path.glob("*.bin")) + sorted(path.glob("*.json")) if path.is_dir() else [path]
+    kinds = ("*.bin", "*.safetensors", "*.json")
+    files = sorted(file for kind in kinds for file in path.glob(kind)) if path.is_dir() else [path]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]

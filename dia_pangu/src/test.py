@@ -63,7 +63,7 @@ def report_batch(
     Returns probability (B, 14), statuses (B, 14), maps (B, 14, h, w, d), places [{finding: (side, place)}],
     questions and reports.
     """
-    # What the model gets to see: the volume, all air, or the next patient's volume.
+    # What the model gets to see: the volume, all air, or its neighbour's in the batch.
     if control == "blank":
         vision_x = torch.zeros_like(vision_x)
     elif control == "swap":
@@ -143,7 +143,6 @@ def finding_rows(name, probability, statuses, thresholds, places) -> list[dict]:
     """Return the rows of findings.csv for one volume; only what is present has a side and a place."""
     rows = []
     for c, finding in enumerate(FINDINGS):
-        # A place is a claim about something present; an absent finding has none.
         side, place = places.get(finding, ("", "")) if statuses[c] else ("", "")
         # Probability and threshold stand beside the status, so that a reader sees how near it was.
         rows.append(
@@ -175,7 +174,6 @@ def result_row(batch, made, i: int) -> dict:
 
 def captions(rows: list[dict]) -> list[tuple[str, str]]:
     """Return (finding, caption) of what is present, for the evidence picture."""
-    # What is absent has no evidence to be drawn.
     shown = []
     for row in rows[:-1]:  # "no finding" has no place
         if row["status"]:
@@ -209,16 +207,19 @@ def check_flags(args, processes: int):
     # A swapped volume is the neighbour's in the batch.
     if args.control.startswith("swap") and (not args.data or args.batch_size < 2):
         raise UserError(
-            f"--control {args.control} takes the next patient of the batch; give --data and a --batch-size "
+            f"--control {args.control} takes another patient of the batch; give --data and a --batch-size "
             "of at least 2"
         )
+    # What the model then saw is not the scan that its maps would be drawn on.
+    if args.control in ("blank", "swap"):
+        refuse(args, ["evidence"], f"with --control {args.control}")
+        args.evidence = 0
     one_process(processes, "reports are written")
 
 
 def generation_options(args) -> tuple[dict, dict | None]:
     """Return the keyword arguments of `generate`, greedy by default, so that two runs give one report; and
     those of `keep_the_nearest`, or None."""
-    # The same volume and checkpoint give the same report, unless sampling is asked for.
     options = {
         "max_new_tokens": args.max_new_tokens,
         "num_beams": args.num_beams,
@@ -237,7 +238,7 @@ def read_batches(args, grid, language: str, done=()):
     # Scans without labels; an interrupted list goes on with what its journal lacks.
     if args.volume or args.volumes:
         scans = find_scans(args.volumes) if args.volumes else [(scan_name(args.volume), Path(args.volume))]
-        scans = [(name, path) for name, path in scans if name not in done][: args.limit or None]
+        scans = [(name, path) for name, path in scans[: args.limit or None] if name not in done]
         data = Scans(scans, grid, args.cache, args.series)
         return DataLoader(data, args.batch_size, collate_fn=collate_scans, num_workers=args.workers)
 
@@ -249,6 +250,8 @@ def read_batches(args, grid, language: str, done=()):
         data.drop_bad(args.workers)
     else:
         data.check()
+    if args.control.startswith("swap") and len(data) % args.batch_size == 1:
+        raise UserError("the last batch holds one volume, none to swap with; choose another --batch-size")
     return DataLoader(data, args.batch_size, collate_fn=collate, num_workers=args.workers)
 
 
@@ -267,7 +270,6 @@ def reported(batch, made, i: int, thresholds, ms: float, hide: bool) -> dict:
     if hide and verdict.side != "known":
         made["reports"][i] = without_sides(made["reports"][i])
 
-    # One record holds the scan's rows of all four tables.
     rows = finding_rows(name, made["probability"][i], made["statuses"][i], thresholds, made["places"][i])
     known = {"ID": name, "path": str(batch["path"][i]), "error": "", **verdict.row()}
     return {"row": result_row(batch, made, i), "ms": ms, "findings": rows, "verdict": known}
@@ -276,8 +278,8 @@ def reported(batch, made, i: int, thresholds, ms: float, hide: bool) -> dict:
 def settings_of(args, config: dict) -> dict:
     """Return what the reports of --volumes depend on beside the scans."""
     # A second start with other settings would mix two kinds of reports in one table; the journal refuses it.
-    names = ("series", "control", "hide_places", "max_new_tokens", "num_beams", "do_sample", "temperature")
-    names = (*names, "top_k", "top_p", "seed", "language", "candidates")
+    names = ("control", "hide_places", "max_new_tokens", "num_beams", "do_sample", "temperature", "top_k")
+    names = (*names, "top_p", "seed", "language", "candidates")
     given = {name: getattr(args, name) for name in names}
     return {"weights": weights_stamp(args.ckpt_path), "grid": config["grid"], **given}
 
@@ -298,7 +300,7 @@ def keep_failed(batch, journal, alone: bool):
     for name, path, error in batch.get("failed", ()):
         if alone:
             raise UserError(error)
-        journal.add(name, no_report(name, path, error))
+        journal.records[name] = no_report(name, path, error)  # not written: a second start tries it again
         print(f"no report: {error}", file=sys.stderr)
 
 
@@ -322,8 +324,6 @@ def main(args):
         keep_failed(batch, journal, bool(args.volume))
         if not batch["id"]:  # none of the batch could be read
             continue
-        if args.control.startswith("swap") and len(batch["id"]) < 2:
-            raise UserError("the last batch holds one volume, none to swap with; choose another --batch-size")
 
         # The time of a report holds the ViT, the diagnosis and the generation, not the reading of the file.
         start = time.perf_counter()
@@ -386,7 +386,7 @@ def add_generation(parser):
     add("--max-new-tokens", type=number(int, 1), default=300, help="longest report, in tokens")
     sample = "sample instead of decoding greedily; upstream samples, with the values below"
     add("--do-sample", action=argparse.BooleanOptionalAction, default=False, help=sample)
-    add("--temperature", type=number(float, 0), default=0.7, help="temperature of the sampling")
+    add("--temperature", type=number(float, 0.01), default=0.7, help="temperature of the sampling")
     add("--top-k", type=number(int, 0), default=50, help="sample from this many tokens; 0: from all")
     add(
         "--top-p",
@@ -439,8 +439,8 @@ def parse_args(argv=None):
     # Controls: a model that looks at the volume must write worse reports with another's volume.
     add = parser.add_argument_group("controls and output").add_argument
     control = (
-        "blank: an empty volume; swap: the next patient's volume; swap-visual: the own findings in the "
-        "prompt with the next patient's image tokens"
+        "blank: an empty volume; swap: another patient's volume; swap-visual: the own findings in the "
+        "prompt with another patient's image tokens"
     )
     add("--control", choices=CONTROLS, default="none", help=control)
     hide = "leave side and place out of the prompt, so that the report takes them from the image tokens"

@@ -23,8 +23,9 @@ def measured(test: dict, evidence: int, more: dict | None = None):
 
     test: flags of test.py. more: names of further folders of test.py.
     """
-    for control in ("none", *CONTROLS.values()):
-        stage("dia_pangu/test.py", **test, control=control, evidence=evidence, out=out / f"test-{control}")
+    stage("dia_pangu/test.py", **test, evidence=evidence, out=out / "test-none")
+    for control in CONTROLS.values():
+        stage("dia_pangu/test.py", **test, control=control, out=out / f"test-{control}")
     data = {"data": test["data"], "size": "tiny", "cache": test["cache"]}
     stage("studies/dia_pangu/baselines.py", **data, out=out / "baselines")
     folders = {name: out / f"test-{control}" for name, control in CONTROLS.items()} | (more or {})
