@@ -76,6 +76,16 @@ def test_training_and_validation_sets_of_train_are_those_partitions(data, llm, t
     assert train_set.flip == 0.9 and val_set.flip == 0 and val_set.hide_places == 0
 
 
+def test_the_configuration_file_gives_lora_and_no_head_without_places(tmp_path):
+    lora = {"r": 8, "alpha": 32, "dropout": 0.0, "targets": ["q_proj"]}
+    config = {**SMALL, "lora": lora, "embedding": {**SMALL["embedding"], "evidence_head": True}}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    base = ["--data", "x", "--out", "y", "--config", tmp_path / "c.json"]
+    found = train_script.model_config(arguments_of(train_script, *base, "--stage", "ft", "--lora-r", 2))
+    assert found["lora"] == {**lora, "r": 2} and not found["embedding"]["evidence_head"]
+    assert train_script.model_config(arguments_of(train_script, *base, "--stage", "pre"))["lora"] is None
+
+
 def test_reports_are_written_for_the_named_split(data, llm, tmp_path):
     for split, count in (("train", 8), ("val", 3), ("test", 4)):
         command = ["--ckpt-path", "x", "--lang-encoder-path", llm, "--data", data, "--split", split]
@@ -85,6 +95,10 @@ def test_reports_are_written_for_the_named_split(data, llm, tmp_path):
         assert names == [item["id"] for item in CTRGDataset(data, split, GRID).items] and len(names) == count
     default = arguments_of(report_script, "--ckpt-path", "x", "--lang-encoder-path", llm, "--data", data)
     assert default.split == "test"
+    # A lone volume at the end has no neighbour: that shows before the first report.
+    alone = arguments_of(report_script, *command, "--control", "swap", "--batch-size", 3)
+    with pytest.raises(UserError, match="none to swap with"):
+        report_script.read_batches(alone, GRID, "en")
 
 
 def test_thresholds_are_calibrated_on_validation_volumes(data, llm, tmp_path, monkeypatch):

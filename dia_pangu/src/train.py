@@ -44,6 +44,7 @@ from common.train import (
     watched,
 )
 from dia_pangu.evaluate.findings import calibrate, finding_scores
+from dia_pangu.evaluate.labeler import language_of
 from dia_pangu.src.Dataset.CTRG_dataset import CTRGDataset, collate, raise_bad, read_places
 from dia_pangu.src.Model.build import (
     add_model,
@@ -57,6 +58,7 @@ from dia_pangu.src.Model.build import (
     read_config,
     save_model,
     settle_preparation,
+    tell,
 )
 from dia_pangu.src.Model.multimodality_model import (
     LORA,
@@ -103,19 +105,20 @@ def check_flags(args):
 
 def model_config(args) -> dict:
     """Return the model's configuration as the flags say it: sizes, LoRA, evidence head."""
-    # Stage pre leaves the language model as it is; LoRA belongs to stage ft alone.
+    # Stage pre leaves the language model as it is; LoRA belongs to stage ft alone. What stands on the command
+    # line wins over --config, which wins over upstream's values.
     config = read_config(args)
-    if args.stage == "ft":
-        config["lora"] = {
-            "r": args.lora_r,
-            "alpha": args.lora_alpha,
-            "dropout": args.lora_dropout,
-            "targets": args.lora_targets,
-        }
+    stored = config["lora"] or {}
+    flags = {name: getattr(args, f"lora_{name}") for name in LORA}
+    lora = {
+        name: flag if f"lora_{name}" in args._given else stored.get(name, flag)
+        for name, flag in flags.items()
+    }
+    config["lora"] = lora if args.stage == "ft" else None
 
-    # Prompts that name places need the head that sees them, in training and at test time.
-    if args.places:
-        config["embedding"]["evidence_head"] = True
+    # The head sees the places that prompts name. `test.py` names them where it finds the head, so that a
+    # model whose training prompts named none has none.
+    config["embedding"]["evidence_head"] = bool(args.places)
     return config
 
 
@@ -206,8 +209,8 @@ def dry_run(args, config):
 
     # What is there before the first step, and what the step adds at its peak.
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
-    stored = "bf16" if args.precision == "bf16" else "float32"
-    print(f"  weights ({stored}, what trains in float32): {weights:.2f} GiB")
+    stored = "frozen ones of the language model bf16, all others " if args.precision == "bf16" else ""
+    print(f"  weights ({stored}float32): {weights:.2f} GiB")
     print(f"  a step has {len(texts)} samples of up to {length} tokens, {answers} of them in the reports")
     print("\n".join(lines_of(table_of(model, live.peak, 8))))
     print("  a plan from one step without values; a run on a GPU prints its real peak")
@@ -245,8 +248,8 @@ def make_model(args, config):
     names = model.set_trained(args.train or TRAINED[args.stage], (*NEVER_TRAINED, *args.freeze))
     if args.stage == "ft" and not args.train and not any("lora_" in name for name in names):
         raise UserError(
-            f"--freeze {' '.join(args.freeze)}: no LoRA is left to train, because q_proj. and its like "
-            "contain proj. too; write embedding_layer.proj."
+            f"--freeze {' '.join(args.freeze)}: no LoRA is left to train; if it was proj., which q_proj. and "
+            "its like contain too, write embedding_layer.proj., else name in --train what is to train"
         )
     check_preparation(config, args.start, names)
     if args.places and any("vision_encoder." in name for name in names):
@@ -288,6 +291,11 @@ def make_sets(args, config, text):
             data.drop_bad(args.workers)
         else:
             data.check()
+
+    # Upstream's Chinese annotation is what is read where no English one lies beside it.
+    told = language_of(train_set.report(train_set.items[0]))
+    if told != config["language"]:
+        tell(f"{train_set.annotation}: reports in {told}, prompts in {config['language']}; see --language")
     return train_set, val_set
 
 
@@ -312,7 +320,8 @@ def evaluate(model, loader, accelerator) -> tuple[dict, np.ndarray, np.ndarray]:
         losses = torch.stack([out["lm_loss"], out["ctr_loss"]]).float()
         sums += torch.stack([losses * counts, counts])  # every token and every sample weighs 1
 
-        # The last batch of several processes is filled up; gather_for_metrics drops what came twice.
+        # The last batch of several processes is filled up with the first volumes: gather_for_metrics drops
+        # these from the findings; in the losses they count twice.
         probability, truth = accelerator.gather_for_metrics((out["probability"], batch["cls_labels"]))
         probabilities.append(probability.float().cpu())
         labels.append(truth.cpu())

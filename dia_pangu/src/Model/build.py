@@ -321,7 +321,7 @@ def load_start(model, path, take: str = "vision"):
             f"has {ours}; take the --size or --config that the checkpoint was made with"
         )
     if left:
-        print(f"  {left} tensors of the file's language model left alone")
+        tell(f"  {left} tensors of the file's language model left alone")
     return report.loaded
 
 
@@ -368,10 +368,12 @@ def load_model(
         check_config(config, home / "dia_config.json")
     else:
         config["grid"]["preprocess"] = "upstream"
-        print(f"{home}: no dia_config.json; taking the published sizes and --preprocess upstream")
+        print(
+            f"{home}: no dia_config.json; taking the published sizes, --preprocess upstream and --language "
+            f"{language or 'en'}"
+        )
     tensors = read_weights(folder)
-    if language:
-        config["language"] = language
+    config["language"] = language or config["language"]
     found = {key: value for key, value in tensors.items() if key.endswith(".lora_A.default.weight")}
     if found and not config["lora"]:
         alpha, file = 16, home / "adapter_config.json"
