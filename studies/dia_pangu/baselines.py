@@ -69,7 +69,6 @@ def nearest_neighbours(train_voxels, voxels) -> list[int]:
 
 
 def main(args):
-    # Voxels and labels of the three partitions.
     config = read_config(args)
     options = {"language": config["language"], "cache": args.cache, "limit": args.limit}
     sets = {split: CTRGDataset(args.data, split, make_grid(config), **options) for split in SPLITS}

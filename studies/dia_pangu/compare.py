@@ -220,7 +220,6 @@ def write_results(out, table, model: Tested, location, details, picture, evidenc
 
 
 def main(args):
-    # Everything that test.py and baselines.py wrote.
     model, controls = read_tested(args.model), {}
     for pair in args.control:
         name, _, folder = pair.partition("=")
@@ -230,7 +229,6 @@ def main(args):
     baselines = read_json(Path(args.baselines) / "baselines.json", dict)
     attributes = read_json(Path(args.data) / "attributes.json", dict)
 
-    # One table of scores, one of sides and places, one picture.
     table = make_table(model, controls, baselines, args.baselines)
     print_table(table)
     location = locate_findings(attributes, model, controls)

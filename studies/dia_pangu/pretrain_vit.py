@@ -77,7 +77,6 @@ class PatchModel(nn.Module):
 
         vision_x: (B, 1, 3, H, W, D). patch_labels: (B, n_tok, 14). cls_labels: (B, 14), 1 = present.
         """
-        # Every patch says which findings it shows.
         layer = self.embedding_layer
         tokens = layer.encode(vision_x)
         logits = layer.evidence_head(tokens[:, 0])
@@ -88,7 +87,6 @@ class PatchModel(nn.Module):
                 "patch_loss": patch_loss,
                 "probability": logits.sigmoid().amax(1).detach(),
             }
-        # The pooled features are compared with the finding's own memory and with the opposite one.
         sim = layer.own_similarity(tokens, cls_labels)
         ctr_loss = F.cross_entropy(sim, sim.new_zeros(len(sim), dtype=torch.long))
         return {
@@ -121,7 +119,6 @@ def start_memories(layer: MyEmbedding, data: CTRGDataset, volumes):
     without each finding. That separates the findings before any training; from random memories it takes
     many epochs.
     """
-    # Features of the volumes and the labels of their findings.
     layer.eval()
     samples = [collate([data[i]]) for i in volumes]
     features = torch.cat(
@@ -235,7 +232,6 @@ def main(args):
     accelerator = make_accelerator(args)
     seed_everything(args.seed)
 
-    # Data: volumes with patch labels; the report language does not matter here.
     config = settle_preparation(read_config(args), args, [args.start] if args.start else [])
     grid = make_grid(config)
     layer = MyEmbedding(num_embeddings=1, embedding_dim=8, **config["embedding"] | {"evidence_head": True})

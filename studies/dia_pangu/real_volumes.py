@@ -46,8 +46,8 @@ def draw_windows(path, out: Path) -> tuple[Path, dict]:
 
 
 def landmarks(folder) -> dict:
-    """Return {organ: whether its centre lies where it should after reading} from the segmentations in a
-    folder.
+    """Return {"file: organ": whether its centre lies where it should after reading} from the segmentations
+    in a folder.
 
     A segmentation is <name>_seg.nii.gz with <name>_seg_labels.json, {number: organ}. Judged are organs
     named left or right, the liver (right), the spleen (left), and the vertebrae (at the back).
@@ -62,9 +62,11 @@ def landmarks(folder) -> dict:
                 continue
             front_to_back, right_to_left, _ = where.mean(0) / labels.shape
             if name.endswith(("_left", "_right")) or name in ("liver", "spleen"):
-                out[name] = bool((right_to_left < 0.5) == (name.endswith("_right") or name == "liver"))
+                out[f"{path.name}: {name}"] = bool(
+                    (right_to_left < 0.5) == (name.endswith("_right") or name == "liver")
+                )
             elif name.startswith("vertebrae"):
-                out[name] = bool(front_to_back > 0.5)
+                out[f"{path.name}: {name}"] = bool(front_to_back > 0.5)
     return out
 
 

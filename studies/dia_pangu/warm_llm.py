@@ -141,8 +141,10 @@ def mean_loss(model, batch) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(model, loader, accelerator) -> dict:
-    """Return the mean loss per report token, its perplexity, and the number of tokens; every token weighs
-    1."""
+    """Return the mean loss per report token, its perplexity, and the number of tokens; every token weighs 1.
+
+    Several processes show the first reports twice where their last batches would be unequal.
+    """
     model.eval()
     sums = torch.zeros(2, device=accelerator.device)
     for batch in loader:
