@@ -704,6 +704,22 @@ def test_layers_without_keys_cost_no_cache_and_stacked_experts_count_once(name, 
         assert found["FLOPs per token at 16 tokens"] == pytest.approx(wanted, rel=0.05)
 
 
+def test_a_pruned_model_is_counted_by_its_own_kinds_of_layers(tmp_path, capsys):
+    whole = counted(tmp_path / "whole", "gemma2", ZOO["gemma2"])
+    pruning_zoo.call(
+        prune_llm, "--ckpt", tmp_path / "whole", "--out-dir", tmp_path / "out", "--drop-layers", "0-1"
+    )
+    words = [tmp_path / "out/hf_drop0_1", "--context", "16", "--config", tmp_path / "whole"]
+    found = count_params.describe(words[0], count_params.parse_args([*map(str, words)]))["total"]
+    name = "KV-cache of 16 tokens, bytes"
+    assert found[name] == whole[name] * 4 // 6  # one of the windows, and one layer without
+
+    # a model without a cache has nothing to compare there
+    counted(tmp_path / "mamba", "mamba", ZOO["mamba"])
+    pruning_zoo.call(count_params, tmp_path / "mamba", "--compare", tmp_path / "mamba")
+    assert "0.0% less" in capsys.readouterr().out
+
+
 def test_a_mixture_may_count_its_experts_layer_by_layer():
     assert count_params.active_experts({"num_experts": 8, "moe_topk": [2, 2]}) == (8, 0.25)
 

@@ -16,7 +16,7 @@ from common.errors import UserError, run
 from common.files import read_json
 from pruning.pruning_tools.language_model import find_language_model
 from pruning.pruning_tools.shards import open_checkpoint
-from pruning.shorter import CHOSEN, EXPERTS, config_head_counts, config_object, text_part
+from pruning.shorter import CHOSEN, EXPERTS, config_head_counts, config_object, layer_count, text_part
 
 # One matrix each for keys, values and output, whose shapes say more than config.json: heads of another
 # width in some layers, values narrower than keys, keys that are the values too.
@@ -30,7 +30,10 @@ def parse_args(argv=None):
     p.add_argument("path", type=Path, help=".bin, .pth, .safetensors or a folder of shards")
     p.add_argument("--compare", type=Path, help="a second checkpoint, the pruned one, for a table of both")
     p.add_argument(
-        "--config", type=Path, help="folder of the language model's config.json; left out: the checkpoint's"
+        "--config",
+        type=Path,
+        help="folder of the language model's config.json; left out, or of another number of layers: the "
+        "checkpoint's own",
     )
     p.add_argument("--include", help="count only keys that contain this text")
     p.add_argument("--exclude", help="leave out keys that contain this text")
@@ -167,12 +170,15 @@ def describe(path, args) -> dict:
         dtypes[str(entry.dtype).removeprefix("torch.")] += entry.numel
         groups[".".join(key.split(".")[: args.group_depth])] += entry.numel
     found = {"total": total, "dtypes": dtypes, "groups": groups, "keys": list(entries)}
-    file = (args.config or checkpoint.folder) / "config.json"
-    config = read_json(file, dict) if file.is_file() else None
+    files = [folder / "config.json" for folder in (args.config, checkpoint.folder) if folder]
+    configs = [read_json(file, dict) for file in files if file.is_file()] or [None]
     try:
-        llm = find_language_model(checkpoint.entries, config=config)
+        llm = find_language_model(checkpoint.entries, config=configs[0])
     except UserError:
         return found
+    # --config is of the whole model: a pruned one's own says which kinds of layers are left
+    fitting = (config for config in configs if config is not None and layer_count(config) == llm.layers)
+    config = next(fitting, configs[0])
     total["layers"] = llm.layers
     if config is not None:
         total |= layer_cost(config, checkpoint.entries, llm, args.context)
@@ -188,7 +194,8 @@ def main(args):
     for name, value in before["total"].items():
         if after and name in after["total"]:
             other = after["total"][name]
-            print(f"  {name:38} {value:>18,}  {other:>18,}  {1 - other / value:>7.1%} less")
+            less = 1 - other / value if value else 0.0  # a Mamba has no KV-cache
+            print(f"  {name:38} {value:>18,}  {other:>18,}  {less:>7.1%} less")
         else:
             print(f"  {name:38} {value:>18,}")
 
