@@ -585,6 +585,10 @@ def test_numbers_out_of_range_end_with_one_line_and_status_2(words, capsys):
         (["--criterion", "greedy"], "--model is needed"),
         (["--criterion", "block_influence"], "needs --records"),
         (["--criterion", "last"], "give --records or --model"),
+        (
+            ["--criterion", "last", "--records", "x", "--prompts", "y"],
+            "--prompts has no effect without --model",
+        ),
     ],
 )
 def test_options_of_choosing_without_effect_are_refused(words, message):

@@ -54,7 +54,7 @@ CONTROLS = ("last", "first", "random", "random_keep0")
 def parse_args(argv=None):
     p = Parser(__doc__)
     p.add_argument("--records", type=Path, help="the .records.jsonl file of layer_sensitivity_scan.py")
-    p.add_argument("--model", type=Path, help="the model, for window, greedy, beam and --target-params")
+    p.add_argument("--model", type=Path, help="the model, for window, greedy, beam and every --target")
     p.add_argument(
         "--out", type=Path, default=Path("plan.json"), help="JSON file that prune_llm.py --plan reads"
     )
@@ -342,6 +342,9 @@ def check(args):
         raise UserError("--model is needed for window, greedy, beam and every --target")
     if not (args.records or args.model):
         raise UserError("give --records or --model, so that the number of layers is known")
+    if not args.model:
+        own = ["prompts", "task_data", "lang_model_path", "task_samples", "max_tokens", "dtype"]
+        refuse(args, [*own, "trust_remote_code"], "without --model")
     if "sensitivity" not in wanted:
         refuse(args, ["mode"], "without --criterion sensitivity")
     if not wanted & {"sensitivity", "leave_one_out"}:
