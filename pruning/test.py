@@ -320,6 +320,8 @@ def score_reports(args, device, stem: Path):
     model, text, config = report_model.load_report_model(
         args.pruned_model_path, args.lang_model_path, args.prune_map_path, args.lora_alpha
     )
+    if not config["lora"]:
+        refuse(args, ["lora_alpha"], "for a checkpoint without LoRA")
     model = model.to(device)
     loaded = time.perf_counter() - started
 

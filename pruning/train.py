@@ -427,6 +427,8 @@ def load_report_task(args):
         model.lang_model, config["lora"] = new_lora(
             model.lang_model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
         )
+    else:
+        refuse(args, ["lora_alpha"], "for a checkpoint without LoRA")
 
     # the teacher sees the same prompts
     teacher = None
@@ -568,6 +570,8 @@ def main(args):
     whole = export_model(accelerator, healing)  # every process takes part, in case it is sharded
     if accelerator.is_main_process:
         if args.data:
+            for name, parameter in whole.student.named_parameters():
+                parameter.data = parameter.data.to(stored[name])
             save_report(whole.student.state_dict(), args.out, config)
         else:
             save_plain(whole.student, args.out, stored, args.pruned_model_path)

@@ -81,6 +81,29 @@ def test_full_healing_trains_the_layers_and_nothing_else(world):
     assert types == {torch.float32}, "steps of AdamW vanish in half precision"
 
 
+@pytest.mark.slow
+def test_a_bfloat16_report_model_is_healed_in_full_and_saved_as_it_was(world, tmp_path):
+    shutil.copytree(world / "base", tmp_path / "half")
+    file = tmp_path / "half" / "pytorch_model.bin"
+    half = {
+        key: value.bfloat16() if key.startswith(("lang_model.", "embedding_layer.weight")) else value
+        for key, value in torch.load(file).items()
+    }
+    torch.save(half, file)
+    own = {"pruned_model_path": tmp_path / "half", "data": world / "data", "lang_model_path": world / "llm"}
+    run = {"full": True, "out": tmp_path / "out", "max_steps": 1, "accum": 1}
+    call(train, **own, **run)
+    healed = torch.load(tmp_path / "out" / "pytorch_model.bin")
+    assert {k: v.dtype for k, v in healed.items()} == {k: v.dtype for k, v in half.items()}
+    assert any(not torch.equal(healed[key], half[key]) for key in half)
+
+    # what has no LoRA has no alpha
+    with pytest.raises(UserError, match="--lora-alpha has no effect"):
+        call(train, **own, **run, lora_alpha=16)
+    with pytest.raises(UserError, match="--lora-alpha has no effect"):
+        call(test, **own, out_dir=tmp_path / "scores", lora_alpha=16)
+
+
 def test_distillation_from_itself_starts_at_distance_zero_and_mixes(world, tmp_path):
     model, text, config = load_report_model(world / "lora", world / "llm")
     teacher = load_report_model(world / "lora", world / "llm")[0]
