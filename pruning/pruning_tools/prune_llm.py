@@ -388,6 +388,9 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
     names = result_names(tag, args.script_version)
     results = {what: args.out_dir / name for what, name in names.items()}
 
+    # an earlier map would speak of what is being replaced
+    results["map"].unlink(missing_ok=True)
+
     # upstream's files
     if llm.root:
         own = {k: e for k, e in entries.items() if k.startswith(llm.root)}
@@ -410,6 +413,8 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
         write_hf(folder, parts, lora, files, source, follow, int(args.max_shard_gb * 1e9))
 
     # the map, which says that all is there
+    changed = args.llm_dtype != "keep" or any(branches_off(args).values())
+    values = "values as --llm-dtype and --off ask" if changed else "values untouched"
     report = {
         "tag": tag,
         "old_layers": llm.layers,
@@ -426,7 +431,7 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
         "lora_r": lora.r if lora else None,
         "lora_alpha": lora.alpha if lora else None,
         "adapter_config_used": bool(lora and lora.from_adapter_config),
-        "note": "Keys renamed, values untouched; layers that were removed leave nothing behind.",
+        "note": f"Keys renamed, {values}; layers that were removed leave nothing behind.",
         "script_version": args.script_version,
         "parameters_before": sum(e.numel for e in checkpoint.entries.values()),
         "parameters_after": sum(e.numel for e in entries.values()),
