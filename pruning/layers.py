@@ -56,13 +56,18 @@ def parse_drop_layers(spec: str, option: str = "--drop-layers") -> list[int]:
 
 def spec_of(drop_layers) -> str:
     """The shortest --drop-layers text of a set: [1, 2, 3, 5] -> "1-3,5"."""
-    runs = []
-    for layer in sorted(drop_layers):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
+    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in gaps(sorted(drop_layers)))
+
+
+def gaps(drop: list[int]) -> list[tuple[int, int]]:
+    """(first, last) of each stretch of neighbouring layers in an ascending list."""
+    found = []
+    for layer in drop:
+        if found and layer == found[-1][1] + 1:
+            found[-1] = (found[-1][0], layer)
         else:
-            runs.append([layer, layer])
-    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in runs)
+            found.append((layer, layer))
+    return found
 
 
 def make_tag(drop_layers: list[int]) -> str:

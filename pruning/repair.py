@@ -20,7 +20,17 @@ from torch import nn
 
 from common.errors import UserError
 from common.train import lr_at
-from pruning.layers import ATTENTION, DOWN, OUTPUT, child, decoder, decoder_layers, plain, refuse_quantized
+from pruning.layers import (
+    ATTENTION,
+    DOWN,
+    OUTPUT,
+    child,
+    decoder,
+    decoder_layers,
+    gaps,
+    plain,
+    refuse_quantized,
+)
 from pruning.sensitivity_analyse.layer_mask import states_of
 
 # shares of the mean square of the MLP's output; each pulls the map to doing nothing
@@ -28,17 +38,6 @@ RIDGES = (0.0, 0.01, 0.1, 1.0)
 # peak learning rates of a replacement layer, and passes over the texts
 RATES = (3e-4, 1e-3)
 PASSES = 8
-
-
-def gaps(drop: list[int]) -> list[tuple[int, int]]:
-    """(first, last) of each stretch of neighbouring layers in an ascending list."""
-    found = []
-    for layer in drop:
-        if found and layer == found[-1][1] + 1:
-            found[-1] = (found[-1][0], layer)
-        else:
-            found.append((layer, layer))
-    return found
 
 
 def last_matrix(layer):

@@ -12,7 +12,7 @@ mlp         the MLP branch: experts and shared MLP too
 layer       both branches: the layer returns its input
 
 Upstream's names v_only, q_only and k_only are accepted. A layer that has no such part, as some layers of a
-hybrid, has no such mode (`applies`).
+hybrid, has no such mode (`why_not`).
 """
 
 import contextlib
