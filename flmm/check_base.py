@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from common.arguments import Parser
+from common.arguments import Parser, refuse
 from common.errors import UserError, end, run
 from flmm.build import FAMILIES, add_config_arguments, build_base, read_config
 from flmm.data.samples import SampleBuilder, caption_of_phrases
@@ -174,6 +174,7 @@ def main(args):
     if bool(args.tiny) == bool(args.config):
         raise UserError("give --config, or --tiny with the name of a family")
     if args.tiny:
+        refuse(args, ["set", "base_path"], "beside --tiny")
         base = tiny_base(args.tiny)
     else:
         base = build_base(read_config(args.config, args.set, args.base_path)).to(Accelerator().device)

@@ -1,9 +1,8 @@
 """Check that pictures reach a Qwen-VL base whole: `image_grid_thw`, the number of image tokens, and the data
 sample.
 
-python flmm/diagnose_image_grid_thw.py --path Qwen/Qwen2.5-VL-3B-Instruct      # or a local folder
-python flmm/diagnose_image_grid_thw.py                                         # a tiny model of the same
-class
+    python flmm/diagnose_image_grid_thw.py --path Qwen/Qwen2.5-VL-3B-Instruct   # or a folder
+    python flmm/diagnose_image_grid_thw.py          # a tiny model of the same class
 """
 
 import sys

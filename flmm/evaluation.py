@@ -23,7 +23,7 @@ def final_logits(output):
 
 def counted(masks, ignore):
     """Bool masks (..., H, W) without the pixels that count for nothing, (H, W) bool or None (ReasonSeg)."""
-    return masks if ignore is None else masks & ~torch.as_tensor(ignore)
+    return masks if ignore is None else masks & ~torch.as_tensor(ignore, dtype=torch.bool)
 
 
 def phrase_rows(output, gt_masks, ignore=None):
@@ -32,13 +32,14 @@ def phrase_rows(output, gt_masks, ignore=None):
     """
     gt = gt_masks.bool().cpu()
     rows = [{"score": float(s)} for s in output["scores"]]
+    pixels = max(1, int(counted(torch.ones_like(gt[0]), ignore).sum()))
     for suffix, logits in (("_coarse", output["pred_masks"]), ("", final_logits(output))):
         pred = counted(binary_masks(logits, gt.shape[1:]).cpu(), ignore)
         if not suffix:
             for row, mask, true in zip(rows, pred, gt):
                 row.update(found=bool(mask.any()), target=bool(true.any()))
         inter, union, iou = mask_iou(pred, gt)
-        accuracy = (pred == gt).float().mean((1, 2))
+        accuracy = counted(pred == gt, ignore).sum((1, 2)) / pixels
         for row, i, u, v, a in zip(rows, inter, union, iou, accuracy):
             row.update(
                 {

@@ -7,9 +7,8 @@ With --protocol upstream the first expression of every object counts, and all ob
 one caption, in which later ones see earlier ones through causal attention; published F-LMM numbers are of
 this kind (upstream's --concat). With --protocol object each object is a forward pass of its own, with its
 first expression: upstream's script without --concat. With --protocol sentence each sentence is one, as other
-papers count. OUT
-gets results.json, phrases.csv, masks.json (COCO RLE) and overlays/*.png; several processes write the files of
-one. Upstream: scripts/multiprocess_eval_{refcoco,png}.py.
+papers count. OUT gets results.json, phrases.csv, masks.json (COCO RLE) and overlays/*.png; several processes
+write the files of one. Upstream: scripts/multiprocess_eval_{refcoco,png}.py.
 """
 
 import shutil

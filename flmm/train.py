@@ -163,10 +163,11 @@ def frozen_part(config, args, accelerator, sam_encoder):
         dims = base.dims
         builder = SampleBuilder.of(base, sam_encoder)
         sets = {split: attach(dataset, builder) for split, dataset in sets.items()}
-    # training and a cache need a sample for every index, so the next good one takes the place of a bad one
+    # training, a cache and a sharded base need a sample for every index, so the next good one takes the place
+    # of a bad one
     if args.skip_bad:
         sets = {
-            split: SkipBad(dataset, replace=split == "train" or cache is not None)
+            split: SkipBad(dataset, replace=split == "train" or cache is not None or args.shard_base)
             for split, dataset in sets.items()
         }
     if cache is None:
@@ -205,8 +206,8 @@ def made_from(config, split: str, args) -> dict:
 def validation_loader(dataset, args, accelerator):
     """This process's share of the validation samples, in order.
 
-    With --shard-base every process must run the base equally often, so up to one sample a process is left
-    out.
+    With --shard-base every process must run the base equally often, so a rest of fewer samples than
+    processes is left out.
     """
     # not prepared by accelerate, which would repeat samples to fill the last batch; a mean would count them
     total = len(dataset)
@@ -225,7 +226,7 @@ def validate(head, loader, get_features, accelerator):
     rows = []  # one for each phrase; --skip-bad can leave a batch empty
     for samples in filter(None, loader):
         for sample, output in zip(samples, head(get_features(samples))):
-            rows += phrase_rows(output, sample["gt_masks"])
+            rows += phrase_rows(output, sample["gt_masks"], sample.get("ignore"))
     head.train()
 
     # sums and a count instead of means: the processes' shares hold unequally many phrases

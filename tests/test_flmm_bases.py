@@ -1,5 +1,8 @@
 """flmm: every family reads what its model really attended, and the check of a base sees what is wrong."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,6 +15,7 @@ from flmm.models import attention_rows
 from flmm.models.attention_rows import AttentionRows, attended, rows_attention
 from flmm.models.frozen_base import CHAT
 from flmm.models.tiny_bases import tiny_base
+from flmm.scripts.visual_cot import visual_cot
 from tests.flmm_world import paligemma
 
 
@@ -31,6 +35,25 @@ def test_every_family_passes_the_check_of_a_base(family):
         base.make_processor(base.model.config, stated)(one["image"]) for stated in ({}, dict.fromkeys(names))
     )
     assert torch.equal(published["pixel_values"], null["pixel_values"])
+
+
+@pytest.mark.parametrize("family", ["llava", "mistral3"])
+def test_resampling_gets_the_tokens_of_the_grid_and_none_of_its_separators(family, monkeypatch):
+    base, got = tiny_base(family), {}
+    one = check_base.sample(base, (64, 64))
+
+    def ground(image, phrases):
+        base([one])
+        return {"masks": np.ones((1, 64, 64), bool)}
+
+    def resample(base, sample, embeds, positions, box, text):
+        got.update(embeds=embeds, positions=positions)
+
+    monkeypatch.setattr(visual_cot, "visual_cot_resample", resample)
+    grounder = SimpleNamespace(base=base, ground=ground)
+    visual_cot.chain_of_thought(grounder, one["image"], "what?", version="v2", resample=True)
+    assert torch.equal(got["embeds"], check_base.embedded(base, one))
+    assert got["positions"].shape[-1] == base.image_tokens(one)
 
 
 @pytest.mark.parametrize("pad", [-1, None, "<image>"])

@@ -211,6 +211,40 @@ def test_an_expression_of_nothing_is_absent_where_a_head_is_calibrated():
     assert kinds == {"no target"} and [true for *_, true, kind in asked if kind == "present"] == [0, 0]
 
 
+def test_a_picture_with_several_captions_lies_in_one_half_of_a_calibration(tmp_path, monkeypatch):
+    infos = [{"text": "red car"}, {"text": "green dog"}]
+    records = [{"file_name": f"{k // 3}.jpg", "pieces": [], "mask_infos": infos} for k in range(15)]
+    halves = []
+
+    class Records(list):
+        record = list.__getitem__
+
+    def ask(base, head, sam_encoder, record, asked):
+        number = float(record["file_name"][0])
+        return [(torch.tensor([number]), there, 0.5, "present") for there in (True, False)]
+
+    def fit(features, present, ious, about):
+        halves.append(set(features[:, 0].tolist()))
+        return SimpleNamespace(save=lambda path: None)
+
+    loaded = SimpleNamespace(lead=""), None, None, "loaded"
+    for name, value in (
+        ("read_config", lambda *_: {}),
+        ("family_of", lambda _: None),
+        ("build_dataset", lambda *_: Records(records)),
+        ("load_trained", lambda *_: loaded),
+        ("ask", ask),
+        ("tell", lambda rows, _: halves.append({float(r[0]) for r in rows}) or {}),
+        ("draw_reliability", lambda *_: None),
+    ):
+        monkeypatch.setattr(calibrate, name, value)
+    monkeypatch.setattr(calibrate.Calibration, "fit", fit)
+    words = ["--config", "c", "--data", "d", "--head", str(tmp_path / "head.safetensors")]
+    calibrate.main(calibrate.parse_args(words))
+    fitted, held_out, whole = halves
+    assert not fitted & held_out and fitted | held_out == whole == {0.0, 1.0, 2.0, 3.0, 4.0}
+
+
 # ---- the mask head
 
 

@@ -8,10 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from common.errors import UserError
 from flmm.build import FAMILIES, build_dataset, read_config
+from flmm.data.cache import CachedFeatures, write_cache
 from flmm.data.phrases import ReasonSegDataset
 from flmm.data.png import PNGDataset
 from flmm.data.polygons import polygon
@@ -24,6 +26,7 @@ from flmm.evaluation import RawMaps, phrase_rows, summarise, trivial_controls
 from flmm.models.flmm import FLMM
 from flmm.models.tiny import tiny_sam, tiny_tokenizer
 from flmm.models.tiny_bases import tiny_base
+from flmm.train import validate
 
 SHIPPED = "flmm/configs/llava/frozen_llava_1_5_vicuna_7b_unet_sam_l_refcoco_png.yaml"
 WIDTH, HEIGHT = 40, 30
@@ -192,6 +195,25 @@ def test_reasonseg_leaves_ignored_pixels_out(tmp_path):
     raw.choose().score(feature, gt, [row], ignore)
     trivial_controls(gt, [row], ignore)
     assert row["iou"] == row["iou_whole"] == pytest.approx(row["iou_raw"]) == 100 / 260
+    assert row["accuracy"] == pytest.approx(100 / 260)
+
+
+def test_validation_and_a_cache_leave_ignored_pixels_out_too(tmp_path):
+    shapes = [("target", box(0, 0, 9, 9)), ("ignore", box(8, 8, 19, 19))]
+    put(tmp_path, "a", ["what flies?"], shapes, size=(20, 20))
+    base, accelerator = tiny_base("llava"), Accelerator()
+    samples = ReasonSegDataset(tmp_path, build=SampleBuilder.of(base))
+    write_cache(tmp_path / "cache", base, None, samples, {}, accelerator)
+    everything = torch.full((1, 20, 20), 9.0)
+    output = {"pred_masks": everything, "sam_pred_masks": None, "scores": torch.ones(1)}
+
+    class Everything(torch.nn.Module):
+        def forward(self, features):
+            return [output] * len(features)
+
+    for sample in (samples[0], CachedFeatures(tmp_path / "cache")[0]):
+        found = validate(Everything(), [[sample]], lambda samples: samples, accelerator)
+        assert found["val_miou"] == found["val_miou_coarse"] == pytest.approx(100 / 260)
 
 
 def test_reasonseg_reads_windows_files_and_names_what_is_no_question(tmp_path):

@@ -20,6 +20,8 @@ from common.together import meet
 from flmm.models.flmm import extract
 from flmm.models.mask_head.mask_refiner import digest
 
+MASKS = {"masks", "gt_masks", "ignore"}  # the last one of ReasonSeg alone
+
 
 def write_cache(folder, base, sam_encoder, dataset, fingerprint, accelerator, batch_size=8):
     """Extract features of every sample of `dataset`, shared out over the processes, to
@@ -72,8 +74,8 @@ def _write(group, sample, feature):
     group["maps"], group["scale"] = (maps / scale[..., None, None]).half().numpy(), scale.numpy()
     group["hidden_states"] = halved(feature["hidden_states"])
     group["mask_ids"] = feature["mask_ids"].cpu().numpy()
-    for name in ("masks", "gt_masks"):
-        group[name] = np.packbits(sample[name].numpy().astype(bool), axis=-1)
+    for name in MASKS & sample.keys():
+        group[name] = np.packbits(np.asarray(sample[name], bool), axis=-1)
         group[name].attrs["width"] = sample[name].shape[-1]
     about = {name: feature[name] for name in ("image_size", "meta_data", "unpad")}
     about |= {name: sample[name] for name in ("file_name", "mask_infos")}
@@ -124,7 +126,7 @@ class CachedFeatures(Dataset):
                 values = torch.from_numpy(group[name][()])
                 sample[name] = values.float() if values.is_floating_point() else values
         sample["mask_attentions"] = sample.pop("maps") * sample.pop("scale")[..., None, None]
-        for name in ("masks", "gt_masks"):
+        for name in MASKS & group.keys():
             width = int(group[name].attrs["width"])
             sample[name] = torch.from_numpy(np.unpackbits(group[name][()], axis=-1, count=width))
         return sample

@@ -39,7 +39,7 @@ def parse_args(argv=None):
     parser.add_argument("--head", type=Path, required=True, help="trained head, .safetensors or .pth")
     parser.add_argument("--split", default="val", help="part of the configuration's data to calibrate on")
     parser.add_argument(
-        "--records", type=number(int, 4), default=200, help="number of pictures, the first ones"
+        "--records", type=number(int, 4), default=200, help="number of captions, the first ones"
     )
     parser.add_argument("--seed", type=number(int, 0), default=0, help="random seed of the absent phrases")
     return parser.parse_args(argv)
@@ -143,11 +143,13 @@ def main(args):
     rng = np.random.default_rng(args.seed)
     records = [data.record(i) for i in range(min(args.records, len(data)))]
     texts = sorted({info["text"].strip() for record in records for info in record["mask_infos"]})
-    if len(texts) < 2 or len(records) < 4:
+    if len(texts) < 2 or len({record["file_name"] for record in records}) < 4:
         raise UserError(f"--split {args.split}: has too few pictures to calibrate on; at least 4 are needed")
-    rows = []
+    pictures = {}  # a picture with several captions lies in one half with all of them
     for record in progress(records, accelerator, desc="asking"):
-        rows.append(ask(base, head, sam_encoder, record, questions(record, texts, rng, base.lead)))
+        found = ask(base, head, sam_encoder, record, questions(record, texts, rng, base.lead))
+        pictures.setdefault(record["file_name"], []).extend(found)
+    rows = list(pictures.values())
 
     # Fit one half of the pictures and score the other; then fit all.
     if not all(any(row[1] for part in rows[k::2] for row in part) for k in (0, 1)):

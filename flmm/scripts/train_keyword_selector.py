@@ -3,7 +3,7 @@
     python flmm/scripts/train_keyword_selector.py --config CONFIG --data DATA --out runs/flmm/selector
 
 It learns from the captions of the configuration's train split, where the words inside a phrase count as
-keywords. It is scored on the val split by F1, precision and recall over words, beside the noun phrases of
+keywords. It is scored on the val split by F1, precision and recall over tokens, beside the noun phrases of
 spaCy or of a rule and beside "every word". Writes OUT/model.safetensors, which --selector of the demo takes,
 and OUT/metrics.json.
 """

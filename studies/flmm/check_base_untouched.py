@@ -19,8 +19,7 @@ from accelerate import Accelerator
 from common.arguments import Parser
 from common.checkpoint import atomic_json
 from common.errors import UserError, run
-from common.weights import read_weights
-from flmm.build import add_config_arguments, build_dataset, load_trained, read_config
+from flmm.build import add_config_arguments, build_base, build_dataset, load_trained, read_config
 from flmm.conversation import Grounder
 from flmm.data.samples import SampleBuilder
 from flmm.models.flmm import extract
@@ -60,11 +59,12 @@ def main(args):
         optimizer.zero_grad()
     Grounder(base, head, encoder).converse(samples[0]["image"])
     after = answers()
-    stored = read_weights(config["base"]["path"])
+    # loaded anew, because the names in the file are others than those of the model
+    stored = build_base(config).model.state_dict()
     changed = [
         k
         for k, v in model.state_dict().items()
-        if not torch.equal(v, untouched[k]) or (k in stored and not torch.equal(v.cpu(), stored[k]))
+        if not torch.equal(v, untouched[k]) or not torch.equal(v.cpu(), stored[k])
     ]
     differing = sum(a != b for a, b in zip(before, after))
     result = {

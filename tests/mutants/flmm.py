@@ -284,8 +284,8 @@ MUTANTS = [
     ),
     Mutant(
         "flmm/evaluation.py",
-        "else masks & ~torch.as_tensor(ignore)",
-        "else masks | torch.as_tensor(ignore)",
+        "else masks & ~torch.as_tensor(ignore, dtype=torch.bool)",
+        "else masks | torch.as_tensor(ignore, dtype=torch.bool)",
         f"{PUBLISHED}::test_reasonseg_leaves_ignored_pixels_out",
         "ignored pixels count as predicted",
     ),

@@ -70,8 +70,7 @@ def load_grounder(args) -> Grounder:
     if not head.is_file():
         raise UserError(
             "there is no --config and no --head, and the built-in study has not been run yet: give both, or "
-            "run "
-            "bash run_all.sh flmm first"
+            "run bash run_all.sh flmm first"
         )
     steps = read_json(head.with_name("metrics.json"), {"steps": int})["steps"]
     if steps < 100:

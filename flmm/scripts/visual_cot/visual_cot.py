@@ -160,9 +160,10 @@ def chain_of_thought(
         if base.maps_per_head > 1:
             name = type(base).__name__
             raise UserError(f"--resample: {name} writes a picture as tiles, no plain grid; leave it out")
-        start = base.encode_prompt().index(base.image_token_id)  # before every word that differs
-        span = slice(start, start + base.image_tokens(sample))
-        embeds, positions = kept["embeds"][span], kept["positions"][..., span]
+        # the picture stands before every word that differs; separators in it are no part of the grid
+        ids = base.expand(torch.tensor(base.encode_prompt()), sample)
+        at = base.columns_of(ids, sample)
+        embeds, positions = kept["embeds"][at], kept["positions"][..., at]
         reply = visual_cot_resample(base, sample, embeds, positions, box, short)
     else:
         region = f"This is the image region that might help you answer the question: {short}"
@@ -208,8 +209,8 @@ def main(args):
         raise UserError(f"{args.benchmark}: holds no question")
     images = [load_image(path) for path in paths]
     grounder = Grounder.load(read_config(args.config, args.set), args.head)
-    for item, path, image in zip(items, paths, images):
-        reference, item["image"] = item.get("answer"), path.name
+    for item, image in zip(items, images):
+        reference = item.get("answer")
         item |= chain_of_thought(
             grounder, image, item["question"], args.version, args.box_scale, args.discard_sam, args.resample
         )
