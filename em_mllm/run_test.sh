@@ -9,10 +9,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 show_help "$ROOT/em_mllm/test.py" "$@"
 MODEL=${MODEL:-$RUNS/em_mllm/base/model}
 OUT=${OUT:-$(dirname "$MODEL")/test}
-case " $* " in
-  *" --validate "*) ;;   # questions and answer file alone
-  *" --iq "*) set -- --model "$MODEL" "$@" ;;
-  *" --task-files "*) set -- --model "$MODEL" --out "$OUT" "$@" ;;
+case " ${*//_/-}" in   # flags may be written with underscores
+  *" --validate"*) ;;   # questions and answer file alone
+  *" --iq"*) set -- --model "$MODEL" "$@" ;;
+  *" --task-files"*) set -- --model "$MODEL" --out "$OUT" "$@" ;;
   *) set -- --model "$MODEL" --task-dir "${TASK_DIR:-${DATA:-$ROOT/data/em_mllm/first/data/test}}" --out "$OUT" "$@" ;;
 esac
 launch "$ROOT/em_mllm/test.py" "$@"

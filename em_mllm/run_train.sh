@@ -10,11 +10,11 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common/env.sh"
 show_help "$ROOT/em_mllm/train.py" "$@"
 TASK_DIR=${TASK_DIR:-${DATA:-}}
-case " ${TASK_DIR:+--task-dir} $*" in
+case " ${TASK_DIR:+--task-dir} ${*//_/-}" in   # flags may be written with underscores
   *" --task-"*) ;;
   *) env_fail "no data: give TASK_DIR=folder or --task-files; for a first try with built-in data: python studies/em_mllm/first.py" ;;
 esac
-case " $*" in
+case " ${*//_/-}" in
   *" --trained-dir"*) ;;   # which brings both
   *) SIGNAL_ENCODER_PATH=${SIGNAL_ENCODER_PATH:-$ROOT/em_mllm/em_foundation/weight} LLM_MODEL_PATH=${LLM_MODEL_PATH:-$ROOT/em_mllm/9G4B} ;;
 esac

@@ -335,6 +335,29 @@ def test_run_train_launcher_trains_on_what_it_is_given(home, tmp_path, given, fl
     assert bool(config["task_files"]) == bool(flags) and (tmp_path / "run/model/multimodal.json").exists()
 
 
+ENCODER, LLM, MODEL, TASKS = "--signal-encoder-path", "--llm-model-path", "--model", "--task-dir"
+
+
+@pytest.mark.parametrize(
+    "script, words, added",
+    [
+        ("run_train.sh", "--task-files a.h5 a.json", {ENCODER, LLM, "--output-dir"}),
+        ("run_train.sh", "--task_dir a", {ENCODER, LLM, "--output-dir"}),
+        ("run_train.sh", "--task-dir a --trained-dir b", {"--output-dir"}),
+        ("run_train.sh", "--task_files a.h5 a.json --trained_dir=b", {"--output-dir"}),
+        ("run_test.sh", "", {MODEL, TASKS, "--out"}),
+        ("run_test.sh", "--task_files=a.h5", {MODEL, "--out"}),
+        ("run_test.sh", "--iq a.wav", {MODEL}),
+        ("run_test.sh", "--validate a.json b.jsonl", set()),
+    ],
+)
+def test_a_launcher_adds_what_its_flags_leave_open(script, words, added):
+    given = {**os.environ, "PYTHON": "/bin/echo"}
+    done = subprocess.run(["bash", EM / script, *words.split()], capture_output=True, text=True, env=given)
+    said = done.stdout.split("launch", 1)[1].split()
+    assert done.returncode == 0 and {w for w in said if w.startswith("--")} - set(words.split()) == added
+
+
 @pytest.mark.slow
 def test_study_of_real_captures_from_files_to_questions(home, tmp_path):
     """Captures of twelve devices that differ in pulse length: every condition is measured, and questions
