@@ -484,6 +484,21 @@ def test_unknown_alpha_is_asked_for_and_contradictions_are_refused(tmp_path):
         prune(ckpt, tmp_path / "out", "--drop-layers", "1")
 
 
+def test_overwriting_leaves_nothing_of_the_earlier_results_of_the_tag(tmp_path):
+    ckpt, out = write(tmp_path / "source", full_checkpoint(make()), "bin"), tmp_path / "out"
+    make().save_pretrained(tmp_path / "hf")
+    first = ["--lang-model-path", tmp_path / "hf", "--hf", "merged", "--tag", "a"]
+    prune(ckpt, out, "--drop-layers", "1", *first)
+    prune(ckpt, out, "--drop-layers", "3", "--tag", "another")
+    kept = digest(out)
+    prune(ckpt, out, "--drop-layers", "2-3", "--format", "safetensors", "--tag", "a", "--overwrite")
+    left = {p.name for p in out.iterdir()}
+    assert "hf_a" not in left and not [name for name in left if "_a_" in name and name.endswith(".bin")]
+    assert {n for n in left if "_a_" in n and n.endswith(".safetensors")}
+    others = {p: sums for p, sums in kept.items() if "another" in p}
+    assert others and others.items() <= digest(out).items(), "other tags stay as they were"
+
+
 @pytest.mark.parametrize("damage", ["cut", "header", "not a checkpoint", "shard missing", "no tensors"])
 def test_damaged_checkpoints_are_named(damage, tmp_path):
     make().save_pretrained(tmp_path / "hf")

@@ -364,6 +364,14 @@ def result_names(tag: str, version: str) -> dict[str, str]:
     }
 
 
+def present_results(folder: Path, names: dict) -> list[Path]:
+    """What lies in `folder` under names of `result_names`, in any format."""
+    paths = [
+        folder / f"{name}{end}" for name in sorted(names.values()) for end in ("", ".bin", ".safetensors")
+    ]
+    return [path for path in paths if path.exists()]
+
+
 def write_merged(stem: Path, entries: dict, checkpoint: Checkpoint, lora, args):
     """Write tensors under upstream's name `stem`, in the format of the source or of --format."""
     form = checkpoint.format if args.format == "source" else args.format
@@ -388,8 +396,10 @@ def prune(checkpoint: Checkpoint, llm, lora, config, drop_layers, tag: str, args
     names = result_names(tag, args.script_version)
     results = {what: args.out_dir / name for what, name in names.items()}
 
-    # an earlier map would speak of what is being replaced
-    results["map"].unlink(missing_ok=True)
+    # what an earlier run left under this tag, its map first: the new one would speak of files that this run
+    # does not write
+    for path in (results["map"], *present_results(args.out_dir, names)):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
     # upstream's files
     if llm.root:
@@ -504,12 +514,13 @@ def check_space(folder: Path, needed: int):
 
 def check_results(args, checkpoint: Checkpoint, sets):
     """Refuse to write over results, or over the source."""
-    names = [name for _, tag in sets for name in result_names(tag, args.script_version).values()]
-    files = sorted(name + end for name in names for end in ("", ".bin", ".safetensors"))
-    present = [name for name in files if (args.out_dir / name).exists()]
+    tags = [tag for _, tag in sets]
+    present = [
+        path for tag in tags for path in present_results(args.out_dir, result_names(tag, args.script_version))
+    ]
     if present and not args.overwrite:
         raise UserError(
-            f"{args.out_dir} holds {present[0]} already; add --overwrite or choose another --out-dir"
+            f"{args.out_dir} holds {present[0].name} already; add --overwrite or choose another --out-dir"
         )
     if args.out_dir.resolve() == checkpoint.folder.resolve():
         raise UserError(
