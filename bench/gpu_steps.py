@@ -1178,7 +1178,7 @@ def scripts(dry):
 
         def begin(room):
             command = [sys.executable, str(ROOT / "studies" / room / "builtin.py")]
-            log = open(f"{work}/{room}.log", "w")
+            log = open(f"{work}/{room}.log", "w", encoding="utf-8")
             started[room] = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
 
         for room in rooms:
@@ -1199,7 +1199,8 @@ def scripts(dry):
 
 def show_recipe(work, room, seconds, status):
     """Emit how a recipe ended: `status` 0 is well, None means that it was stopped on time."""
-    lines = Path(f"{work}/{room}.log").read_text(errors="replace").strip().splitlines() or ["no output"]
+    log = Path(f"{work}/{room}.log").read_text(encoding="utf-8", errors="replace")
+    lines = log.strip().splitlines() or ["no output"]
     note = "bfloat16, smallest size"
     if status is None:
         note = f"stopped on time, no error so far; last line: {lines[-1][:120]}"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 def names(path: str) -> list[str]:
     """Package names of a requirements file, each once."""
-    lines = (line.split("#")[0].strip() for line in Path(path).read_text().splitlines())
+    lines = (line.split("#")[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
     return sorted({re.split(r"[=<>;\s]", line)[0] for line in lines if line})
 
 

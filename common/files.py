@@ -114,7 +114,8 @@ SMALL = 1 << 26  # 64 MiB are never too much
 def free_memory() -> int:
     """Bytes of memory that a new array can take without swapping."""
     try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+        lines = dict(line.split(":") for line in text.splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -178,7 +178,7 @@ class only_one:
         self.path = Path(path).with_suffix(".lock")
 
     def __enter__(self):
-        self.file = open(self.path, "w")
+        self.file = open(self.path, "w", encoding="utf-8")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks: each process makes its own, and the last one stays

@@ -24,7 +24,7 @@ _held = {}  # {folder: open lock file, or the thread's switch}: a lock lives as 
 
 def hold(out: Path):
     """Take the folder `out` for this process until it ends; UserError naming the process that has it."""
-    file = open(out / "run.lock", "a+")
+    file = open(out / "run.lock", "a+", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -64,7 +64,7 @@ def _own(out: Path):
     except FileNotFoundError:
         pass
     try:
-        with open(path, "x") as file:
+        with open(path, "x", encoding="utf-8") as file:
             file.write(_me())
     except FileExistsError:
         raise _in_use(out, _living_owner(out) or "another process") from None
@@ -96,7 +96,7 @@ def release():
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError:
         return ""
 
@@ -124,7 +124,9 @@ def _born(pid: int) -> str:
     """When a process of this host started, in a form that tells it from a later one with its number; "" if
     there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        # the name of a process, which stands in it, may be any bytes
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return text.rpartition(")")[2].split()[19]
     except OSError:
         pass
     try:

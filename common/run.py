@@ -318,7 +318,7 @@ class Log:
         )
 
         # the same for programs: opened for each line, so that nothing is lost when the process is killed
-        with open(self.path, "a") as file:  # JSON has no nan or inf
+        with open(self.path, "a", encoding="utf-8") as file:  # JSON has no nan or inf
             file.write(
                 json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in numbers.items()}})
                 + "\n"

@@ -36,7 +36,7 @@ from torch.utils.data import Dataset
 
 from common.checkpoint import atomic_dir
 from common.errors import UserError, write_problem
-from common.files import inside, reading
+from common.files import cores, inside, reading
 from common.index import expand, fingerprint, in_parallel, only_one, scan, tar_members
 from common.run import on_main
 from cwt_mae.layouts import SUFFIXES, Found, find_recordings, hypnogram_of, name_of, of_store, tell
@@ -557,8 +557,7 @@ def fill(folder: Path, found: Found, listed: list, request: dict, prepare: Prepr
         words = [request, files, rates, sorted((name, vars(value)) for name, value in about.items())]
         key = f"shard-{fingerprint(parts, words)}"
         tasks.append((folder.parent / key, request, prepare, Found(files, about, found.manifest, rates)))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    shards = list(in_parallel(fill_shard, tasks, cores, "reading signals, in shards"))
+    shards = list(in_parallel(fill_shard, tasks, cores(), "reading signals, in shards"))
     join(folder, shards, found, request, prepare)
 
 

@@ -180,7 +180,7 @@ def without_parts(paths: list[Path], given: set) -> list[Path]:
     for path in paths:
         if path.suffix.lower() != ".hea":
             continue
-        with open(path, errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             lines = (line for line in file if line.strip() and line[0] != "#")
             if "/" in next(lines, "-").split()[0]:
                 segments |= {path.with_name(f"{line.split()[0]}.hea") for line in lines}

@@ -84,7 +84,7 @@ def run_project(name: str, threads: int, args, runs: Path) -> dict:
     print(f"{name}: started, log {log}", flush=True)
     command = [sys.executable, str(ROOT / "studies" / name / ("real.py" if args.real else "builtin.py"))]
     start = time.monotonic()
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )

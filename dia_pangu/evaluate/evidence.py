@@ -205,7 +205,7 @@ def draw_evidence(path, backdrop: Backdrop, maps, rows, name: str, report: str, 
         line[0].set_title(caption, loc="left", fontsize=8)
     if colours is not None:
         bar = figure.colorbar(colours, ax=axes, shrink=0.6, aspect=30)
-        bar.set_label("evidence, share of the finding's largest", fontsize=7)
+        bar.set_label("evidence, share of\nthe finding's largest", fontsize=7)
         bar.ax.tick_params(labelsize=7)
     figure.suptitle("\n".join(textwrap.fill(text, 130) for text in (title, verdict) if text), fontsize=8)
     return save_figure(figure, path)

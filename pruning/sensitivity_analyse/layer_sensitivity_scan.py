@@ -228,14 +228,14 @@ def scan(
         for key, record in zip(some, found):
             done[key] = {**record, "key": key}
             if journal:
-                with open(journal, "a") as file:
+                with open(journal, "a", encoding="utf-8") as file:
                     file.write((json.dumps(done[key]) + "\n") * keys.count(key))
     return [done[key] for key in keys]
 
 
 def read_journal(path, header) -> dict:
     """{key: record} of an earlier scan; UserError if it scanned another model or asked for other things."""
-    lines = Path(path).read_text().splitlines()
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
     try:
         before = json.loads(lines[0])
     except (IndexError, ValueError):

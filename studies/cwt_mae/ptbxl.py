@@ -106,7 +106,7 @@ def draw(folder: Path, patients: int, seed: int):
                         "filename_hr": f"records500/{name}_hr",
                     }
                 )
-        with open(home / "ptbxl_database.csv", "w", newline="") as file:
+        with open(home / "ptbxl_database.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

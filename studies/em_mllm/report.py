@@ -39,7 +39,7 @@ def parse_args(argv=None):
 def read(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: missing; run studies/em_mllm/builtin.py or real.py to its end first")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def mean(runs: list, *keys) -> float:

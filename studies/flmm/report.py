@@ -44,7 +44,7 @@ def results(folder):
 
 def rows(folder):
     """Phrases of one run of test.py, as dictionaries of text."""
-    with open(folder / "phrases.csv", newline="") as file:
+    with open(folder / "phrases.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 

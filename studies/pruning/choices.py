@@ -41,7 +41,7 @@ def chosen_elsewhere(args, rows, layers: int) -> list[dict]:
     plan = read_json(plan_file, {"layers": int, "choices": [fields]})
     if plan["layers"] != layers:
         raise UserError(f"{plan_file}: is of a model with {plan['layers']} layers, this one has {layers}")
-    with reading(table_file, "table of a study"), open(table_file) as file:
+    with reading(table_file, "table of a study"), open(table_file, encoding="utf-8") as file:
         others = [
             {**row, "layer": int(row["layer"]), "score_mean": float(row["score_mean"])}
             for row in csv.DictReader(file)

@@ -96,7 +96,7 @@ class Journal:
     def __init__(self, file: Path, stamp: dict):
         self.file, self.stamp, self.known = file, stamp, {}
         if file.is_file():
-            before = json.loads(file.read_text())
+            before = json.loads(file.read_text(encoding="utf-8"))
             if before["stamp"] == stamp:
                 self.known = before["sets"]
 
